@@ -1,0 +1,141 @@
+"""One gradient step, the same everywhere: accumulate over micro-batches, clip by the true norm, step.
+
+Gradients are taken by `torch.autograd.grad` with respect to the parameters of one network. So a loss that runs
+through other networks (the actor's, through the critics) leaves nothing behind in them, and neither the step nor
+its norm can contain gradients of an earlier loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlinf.core.protocols import Network
+from rlinf.core.types import Metrics
+
+Scheduler = Literal["torch_constant", "constant", "torch_cosine", "cosine"]
+
+LossOf = Callable[[Any], tuple[Tensor, Metrics]]
+"""Maps a micro-batch to (loss, statistics)."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Adam and its schedule.
+
+    Attributes:
+        lr: learning rate after warm-up.
+        betas, eps: Adam's decay rates and denominator term.
+        weight_decay: decoupled (AdamW) when positive.
+        clip_grad: largest global gradient norm; None for no clipping.
+        lr_scheduler: `constant`, or `cosine` down to `min_lr` at `total_training_steps`; the `torch_` spellings
+            are the same two.
+        lr_warmup_steps: steps of linear warm-up from zero.
+        total_training_steps: length of the cosine; needed by it alone.
+        min_lr: where the cosine ends.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float | None = None
+    lr_scheduler: Scheduler = "torch_constant"
+    lr_warmup_steps: int = 0
+    total_training_steps: int | None = None
+    min_lr: float = 0.0
+
+    def scale_at(self, step: int) -> float:
+        """Learning rate at `step`, as a share of `lr`."""
+        if step < self.lr_warmup_steps:
+            return (step + 1) / self.lr_warmup_steps
+        if not self.lr_scheduler.endswith("cosine") or self.total_training_steps is None:
+            return 1.0
+        span = max(1, self.total_training_steps - self.lr_warmup_steps)
+        progress = min(1.0, (step - self.lr_warmup_steps) / span)
+        floor = self.min_lr / self.lr
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Stepper:
+    """An optimizer with everything that belongs to its step, over a fixed list of parameters.
+
+    A step whose gradient norm is not finite changes neither weights nor moments: on every device, without a
+    synchronisation. The norm itself is returned, so the caller sees it and can stop.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> None:
+        self.parameters: list[nn.Parameter] = list(parameters)
+        self.settings, self.steps = settings, 0
+        adam = torch.optim.AdamW if settings.weight_decay > 0 else torch.optim.Adam
+        self.optimizer = adam(
+            self.parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def descend(self, loss_of: LossOf, micro_batches: Sequence[Any]) -> Metrics:
+        """One step on the mean of `loss_of` over equal micro-batches.
+
+        Returns the means of its statistics over them, with `grad_norm` (before clipping) and `lr`.
+        """
+        share = 1 / len(micro_batches)
+        grads: list[Tensor] | None = None
+        metrics: Metrics = {}
+        for micro_batch in micro_batches:
+            loss, stats = loss_of(micro_batch)
+            new = torch.autograd.grad(loss * share if share < 1 else loss, self.parameters)
+            grads = list(new if grads is None else torch._foreach_add(grads, new))
+            metrics = {name: metrics.get(name, 0.0) + value * share for name, value in stats.items()}
+        assert grads is not None
+        norm = self._apply(grads)
+        return metrics | {"grad_norm": norm, "lr": self.lr}
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.settings.lr * self.settings.scale_at(self.steps)
+
+    def _apply(self, grads: list[Tensor]) -> Tensor:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if self.settings.clip_grad is not None:
+            torch._foreach_mul_(grads, (self.settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        # The fused optimizers skip the step where this flag is 1 (torch.amp.GradScaler relies on the same).
+        self.optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and step count."""
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+
+@torch.no_grad()
+def track(target: Network, source: Network, tau: float) -> None:
+    """θ̄ ← (1 − τ) θ̄ + τ θ over all parameters.
+
+    Both must be float32: with τ = 0.005 the increments fall below the resolution of bfloat16 and a target kept
+    in it stands still.
+    """
+    targets: list[Tensor] = list(target.parameters())
+    sources: list[Tensor] = list(source.parameters())
+    torch._foreach_lerp_(targets, sources, tau)

@@ -1,0 +1,371 @@
+"""Soft actor-critic [1] with an ensemble of critics and prior data [2].
+
+The losses are pure: networks and a batch in, a scalar and its statistics out. They never touch an optimizer, a
+device, a configuration or `self`; the class `SAC` below does. SAC Flow [3] is this file with another actor.
+
+Differs from [1]: the actor loss may average the critics instead of taking their minimum [2]; actor and temperature
+may be updated every n-th critic update; the temperature's loss is on α itself, whatever its parameterisation.
+
+    [1] Haarnoja et al. 2018, arXiv:1812.05905      [3] SAC Flow, arXiv:2509.25756
+    [2] RLPD, Ball et al. 2023, arXiv:2302.02948
+
+    B batch, E critics in the ensemble
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlinf.algorithms.optimize import OptimizerSettings, Stepper, track
+from rlinf.algorithms.temperature import Temperature
+from rlinf.core import tree
+from rlinf.core.errors import CheckpointError
+from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork
+from rlinf.core.types import Metrics, Obs, Trajectory, Transition
+from rlinf.functional.returns import Bootstrap, fold_chunk
+
+Aggregate = Literal["min", "mean"]
+
+DEFAULT_OPTIMIZER = OptimizerSettings()
+
+
+def aggregate(q: Float[Tensor, "E B"], how: Aggregate, subset: Int[Tensor, " M"] | None = None) -> Float[Tensor, " B"]:
+    """min_e or mean_e of Q_e, over all critics or over the given ones."""
+    q = q if subset is None else q[subset]
+    return q.amin(0) if how == "min" else q.mean(0)
+
+
+def soft_value(
+    actor: Actor,
+    critic: Critic,
+    obs: Obs,
+    alpha: Tensor,
+    *,
+    agg_q: Aggregate = "min",
+    subset: Tensor | None = None,
+    entropy: bool = True,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, " B"]:
+    """V(s) = min_e Q_e(s, a) − α log π(a|s), with a ~ π(·|s).                          [1, Eq. 3]
+
+    Args:
+        subset: indices of the critics that are aggregated; None for all.                    [2]
+        entropy: whether the backup carries the entropy term.                                [2]
+    """
+    decision, log_prob = actor.sample(obs, generator)
+    q = aggregate(critic(obs, decision), agg_q, subset)
+    return q - alpha * log_prob if entropy else q
+
+
+def critic_loss(
+    critic: Critic,
+    actor: Actor,
+    target_critic: Critic,
+    alpha: Tensor,
+    batch: Transition,
+    *,
+    agg_q: Aggregate = "min",
+    subset: Tensor | None = None,
+    entropy: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """J(θ) = E (Q_θ(s, a) − y)²,  y = r + D V̄(s′), averaged over critics.               [1, Eq. 5]
+
+    `batch.discount` D already holds γ^H (1 − terminated); see `functional.returns.fold_chunk`.
+    """
+    with torch.no_grad():
+        next_value = soft_value(
+            actor,
+            target_critic,
+            batch.next_obs,
+            alpha,
+            agg_q=agg_q,
+            subset=subset,
+            entropy=entropy,
+            generator=generator,
+        )
+        target = batch.reward + batch.discount * next_value
+    q = critic(batch.obs, batch.decision)
+    loss = (q - target).square().mean()
+    return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean(), "target_q": target.mean()}
+
+
+def actor_loss(
+    actor: Actor,
+    critic: Critic,
+    alpha: Tensor,
+    batch: Transition,
+    *,
+    agg_q: Aggregate = "min",
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """J(φ) = E [α log π_φ(a|s) − Q(s, a)],  a = f_φ(ε; s).                              [1, Eq. 9]"""
+    decision, log_prob = actor.sample(batch.obs, generator)
+    q = aggregate(critic(batch.obs, decision), agg_q)
+    loss = (alpha * log_prob - q).mean()
+    return loss, {
+        "actor_loss": loss.detach(),
+        "entropy": -log_prob.detach().mean(),
+        "q_pi": q.detach().mean(),
+    }
+
+
+def alpha_loss(alpha: Float[Tensor, ""], entropy: Float[Tensor, ""], target_entropy: float) -> Float[Tensor, ""]:
+    """J(α) = α (H − H̄): raises α while the policy is less random than asked.           [1, Eq. 18]"""
+    return alpha * (entropy - target_entropy)
+
+
+class ReplayStore(Buffer, Protocol):
+    """What SAC needs of its replay buffer."""
+
+    def __len__(self) -> int: ...
+
+    def add(self, trajectory: Trajectory, reward: Tensor, discount: Tensor) -> None:
+        """Store a segment with its folded rewards and discounts [T, N]."""
+        ...
+
+
+class Sampler(Protocol):
+    """Where batches come from: the replay buffer itself, or a mixture with prior data."""
+
+    def sample(self, batch_size: int) -> Transition:
+        """B transitions on the CPU, valid until the next-but-one call."""
+        ...
+
+
+class RunningStatistics(Protocol):
+    """Statistics of the observations that the networks normalise by."""
+
+    def update(self, state: Tensor) -> None:
+        """Take in states [B, S]."""
+        ...
+
+
+class SAC:
+    """The stateful half: optimizers, target critic, temperature, replay and the update schedule.
+
+    Args:
+        actor, critic, target_critic: networks on `device`; the target a frozen copy of the critic.
+        temperature: α; its target is `target_entropy`, in the units of the actor's log density.
+        replay: store of online experience.
+        sampler: where batches are drawn; None for `replay` itself.
+        demo_buffer: prior data behind `sampler`, kept here to be saved and counted.
+        normalizer: running observation statistics to be updated with every observed segment.
+        gamma: discount per environment step.
+        batch_size, micro_batch_size: transitions per update, and per forward pass.
+        min_buffer_size: transitions in `replay` before the first update.
+        critic_actor_ratio: critic updates per actor and temperature update.
+        actor_delay: critic updates before the first actor update.
+        target_update_freq: critic updates per target update.
+        critic_subsample_size: critics in each target; 0 for all.
+        autocast: run the networks in bfloat16 (weights, targets and optimizer states stay float32).
+        compile: compile the losses with torch.compile (a one-off cost of a minute or so).
+        device: where networks and batches live.
+        generator: randomness of the losses, on `device`.
+    """
+
+    def __init__(
+        self,
+        actor: ActorNetwork,
+        critic: CriticNetwork,
+        target_critic: CriticNetwork,
+        temperature: Temperature,
+        replay: ReplayStore,
+        *,
+        sampler: Sampler | None = None,
+        demo_buffer: Buffer | None = None,
+        normalizer: RunningStatistics | None = None,
+        gamma: float = 0.99,
+        tau: float = 0.005,
+        target_entropy: float,
+        batch_size: int = 256,
+        micro_batch_size: int | None = None,
+        min_buffer_size: int = 1,
+        actor_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
+        critic_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
+        alpha_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
+        critic_actor_ratio: int = 1,
+        actor_delay: int = 0,
+        target_update_freq: int = 1,
+        agg_q: Aggregate = "min",
+        actor_agg_q: Aggregate = "min",
+        critic_subsample_size: int = 0,
+        subsample_with_replacement: bool = False,
+        backup_entropy: bool = True,
+        bootstrap: Bootstrap = "standard",
+        autocast: bool = False,
+        compile: bool = False,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.actor, self.critic, self.target_critic = actor, critic, target_critic
+        self.temperature, self.replay = temperature, replay
+        self.sampler: Sampler = sampler if sampler is not None else replay  # type: ignore[assignment]
+        self.demo_buffer, self.normalizer = demo_buffer, normalizer
+        self.gamma, self.tau, self.target_entropy = gamma, tau, target_entropy
+        self.batch_size, self.min_buffer_size = batch_size, min_buffer_size
+        self.micro_batch_size = micro_batch_size or batch_size
+        self.critic_actor_ratio, self.actor_delay = critic_actor_ratio, actor_delay
+        self.target_update_freq = target_update_freq
+        self.agg_q, self.actor_agg_q, self.backup_entropy = agg_q, actor_agg_q, backup_entropy
+        self.critic_subsample_size = critic_subsample_size
+        self.subsample_with_replacement = subsample_with_replacement
+        self.bootstrap, self.autocast, self.device = bootstrap, autocast, torch.device(device)
+        self.generator = generator if generator is not None else torch.Generator(self.device).manual_seed(0)
+        self.critic_loss = torch.compile(critic_loss, dynamic=False) if compile else critic_loss
+        self.actor_loss = torch.compile(actor_loss, dynamic=False) if compile else actor_loss
+        self.actor_stepper = Stepper(actor.parameters(), actor_optim)
+        self.critic_stepper = Stepper(critic.parameters(), critic_optim)
+        self.alpha_stepper = Stepper(temperature.parameters(), alpha_optim) if temperature.theta.requires_grad else None
+        self.updates = 0
+
+    def observe(self, trajectory: Trajectory) -> None:
+        """Fold chunks into transitions and store them; take the observations into the running statistics."""
+        reward, discount = fold_chunk(trajectory.reward, trajectory.terminated, self.gamma, self.bootstrap)
+        self.replay.add(trajectory, reward, discount)
+        if self.normalizer is not None:
+            self.normalizer.update(trajectory.obs["state"][1:].flatten(0, 1))
+
+    def ready(self) -> bool:
+        """Whether the replay buffer holds `min_buffer_size` transitions."""
+        return len(self.replay) >= self.min_buffer_size
+
+    def update(self) -> Metrics:
+        """One critic step; every `critic_actor_ratio`-th time an actor and a temperature step; track the target."""
+        batches = self._micro_batches(self.sampler.sample(self.batch_size))
+        metrics = self._update_critic(batches)
+        if self.updates % self.critic_actor_ratio == 0 and self.updates >= self.actor_delay:
+            metrics |= self._update_actor(batches)
+        self.updates += 1
+        if self.updates % self.target_update_freq == 0:
+            track(self.target_critic, self.critic, self.tau)
+        return metrics
+
+    def _update_critic(self, batches: Sequence[Transition]) -> Metrics:
+        alpha, subset = self.temperature().detach(), self._draw_critics()
+
+        def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
+            with self._precision():
+                return self.critic_loss(
+                    self.critic,
+                    self.actor,
+                    self.target_critic,
+                    alpha,
+                    batch,
+                    agg_q=self.agg_q,
+                    subset=subset,
+                    entropy=self.backup_entropy,
+                    generator=self.generator,
+                )
+
+        stats = self.critic_stepper.descend(loss_of, batches)
+        return {"sac/critic_loss": stats.pop("critic_loss")} | {f"critic/{k}": v for k, v in stats.items()}
+
+    def _update_actor(self, batches: Sequence[Transition]) -> Metrics:
+        alpha = self.temperature().detach()
+
+        def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
+            with self._precision():
+                return self.actor_loss(
+                    self.actor, self.critic, alpha, batch, agg_q=self.actor_agg_q, generator=self.generator
+                )
+
+        stats = self.actor_stepper.descend(loss_of, batches)
+        metrics: Metrics = {"sac/actor_loss": stats.pop("actor_loss"), "sac/alpha": alpha}
+        entropy = stats["entropy"]
+        if self.alpha_stepper is not None:
+
+            def alpha_loss_of(entropy: Tensor) -> tuple[Tensor, Metrics]:
+                loss = alpha_loss(self.temperature(), entropy, self.target_entropy)
+                return loss, {"alpha_loss": loss.detach()}
+
+            alpha_stats = self.alpha_stepper.descend(alpha_loss_of, [entropy])
+            metrics |= {
+                "sac/alpha_loss": alpha_stats["alpha_loss"],
+                "alpha/grad_norm": alpha_stats["grad_norm"],
+            }
+        return metrics | {f"actor/{k}": v for k, v in stats.items()}
+
+    def _micro_batches(self, batch: Transition) -> list[Transition]:
+        batch = Transition(
+            obs=tree.to(batch.obs, self.device),
+            decision=batch.decision.to(self.device),
+            reward=batch.reward.to(self.device),
+            discount=batch.discount.to(self.device),
+            next_obs=tree.to(batch.next_obs, self.device),
+        )
+        if self.micro_batch_size >= self.batch_size:
+            return [batch]
+        return [
+            Transition(
+                obs=tree.index(batch.obs, rows),
+                decision=batch.decision[rows],
+                reward=batch.reward[rows],
+                discount=batch.discount[rows],
+                next_obs=tree.index(batch.next_obs, rows),
+            )
+            for start in range(0, self.batch_size, self.micro_batch_size)
+            for rows in [slice(start, start + self.micro_batch_size)]
+        ]
+
+    def _draw_critics(self) -> Tensor | None:
+        """Indices of the critics in this update's targets, without replacement as in RLPD unless asked otherwise."""
+        size = self.critic_subsample_size
+        num_heads = self.critic.num_heads if size else 0
+        if not size or (size >= num_heads and not self.subsample_with_replacement):
+            return None
+        if self.subsample_with_replacement:
+            return torch.randint(num_heads, (size,), generator=self.generator, device=self.device)
+        return torch.randperm(num_heads, generator=self.generator, device=self.device)[:size]
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def acting_weights(self) -> tuple[int, dict[str, Tensor]]:
+        """(number of updates, copy of the actor's weights and statistics): never the critics."""
+        return self.updates, {name: value.detach().clone() for name, value in self.actor.state_dict().items()}
+
+    def buffers(self) -> dict[str, Buffer]:
+        """`replay_buffer`, and `demo_buffer` where there is prior data."""
+        stores: dict[str, Buffer] = {"replay_buffer": self.replay}
+        return stores if self.demo_buffer is None else stores | {"demo_buffer": self.demo_buffer}
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {
+            "actor": self.actor,
+            "critic": self.critic,
+            "target_critic": self.target_critic,
+            "temperature": self.temperature,
+            "actor_optim": self.actor_stepper,
+            "critic_optim": self.critic_stepper,
+        }
+        return parts if self.alpha_stepper is None else parts | {"alpha_optim": self.alpha_stepper}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Networks, optimizers, target, temperature, generator and the update counter."""
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        return state | {"updates": self.updates, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`. Raises CheckpointError naming the part that is missing or does not fit."""
+        for name, part in self._parts().items():
+            if name not in state:
+                raise CheckpointError(f"the checkpoint has no {name!r}: it was written by another algorithm")
+            try:
+                part.load_state_dict(state[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                reason = " ".join(str(error).split())
+                raise CheckpointError(
+                    f"{name!r} in the checkpoint does not fit this configuration ({reason}); "
+                    "resume with the configuration that wrote it, kept as config.yaml in its run directory"
+                ) from error
+        self.updates = state["updates"]
+        self.generator.set_state(state["generator"].cpu())

@@ -1,0 +1,33 @@
+"""Errors that somebody catches. The launcher prints their one line without a traceback."""
+
+
+class RlinfError(Exception):
+    """Something that the user can mend; the message names the thing and the remedy."""
+
+
+class ConfigError(RlinfError):
+    """The configuration is wrong; the message lists every problem."""
+
+
+class MissingDependency(RlinfError):
+    """An optional package, simulator or device is not there; the message holds the command that mends it."""
+
+
+class CheckpointError(RlinfError):
+    """A checkpoint or buffer on disk is missing, foreign, incomplete or does not fit the configuration."""
+
+
+class DataError(RlinfError):
+    """Recorded data (demonstrations, data sets) are missing, empty or corrupt."""
+
+
+class ShapeError(RlinfError, ValueError):
+    """An array has another shape than its contract says."""
+
+
+class NonFiniteError(RlinfError):
+    """NaN or infinity where a number was expected; names the quantity and where it came from."""
+
+
+class WorkerDied(RlinfError):
+    """A process or thread of the run ended or stopped answering; names it and its last words."""

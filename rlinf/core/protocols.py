@@ -1,0 +1,156 @@
+"""The roles. A class plays one by having its methods; nothing here is meant to be inherited.
+
+An environment, a policy and an algorithm never see each other's classes: they meet in `launch/build.py`
+and talk in the records of `core.types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlinf.core.types import ActionOut, EnvSpaces, EnvStep, Metrics, Obs, Trajectory
+
+Mode = Literal["train", "eval"]
+
+
+@runtime_checkable
+class VectorEnv(Protocol):
+    """N environments that are stepped together."""
+
+    num_envs: int
+    spaces: EnvSpaces
+
+    def reset(self, seed: int | None = None) -> Obs:
+        """Start a fresh episode in every environment.
+
+        With a seed, everything that happens until the next seeded reset is a function of it and of the
+        actions. Without one, the environment goes on with its own generator.
+        """
+        ...
+
+    def step(self, action: Tensor) -> EnvStep:
+        """Play one chunk of actions, float32 [N, H, A]. Raises ShapeError on another shape."""
+        ...
+
+    def render(self) -> np.ndarray | None:
+        """uint8 [N, height, width, 3] of the present state for people, or None where there is no picture."""
+        ...
+
+    def close(self) -> None:
+        """Free processes, simulators and shared memory. Calling it twice is allowed."""
+        ...
+
+
+class Actor(Protocol):
+    """A policy network: acts, and gives reparameterised samples to an algorithm."""
+
+    def act(self, obs: Obs, mode: Mode, generator: torch.Generator | None = None) -> ActionOut:
+        """Answer N observations. `train` explores; `eval` is deterministic given the observation."""
+        ...
+
+    def sample(self, obs: Obs, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Decisions [B, ...] and log densities [B], differentiable in the parameters."""
+        ...
+
+    def default_target_entropy(self) -> float:
+        """Target for the temperature when none is configured, in the units of this policy's `log_prob`."""
+        ...
+
+
+class Critic(Protocol):
+    """An ensemble of E action values."""
+
+    num_heads: int
+
+    def __call__(self, obs: Obs, decision: Tensor) -> Tensor:
+        """Q values [E, B]."""
+        ...
+
+
+class Network(Protocol):
+    """What an algorithm needs of a module to train it: the part of `torch.nn.Module` that it calls."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Everything that is trained."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers by name."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Inverse of `state_dict`; strict."""
+        ...
+
+
+class ActorNetwork(Actor, Network, Protocol):
+    """A trainable actor."""
+
+
+class CriticNetwork(Critic, Network, Protocol):
+    """A trainable ensemble of critics."""
+
+
+class ActorCritic(Protocol):
+    """A policy with a value head, for on-policy algorithms."""
+
+    def act(self, obs: Obs, mode: Mode, generator: torch.Generator | None = None) -> ActionOut:
+        """As `Actor.act`, with `log_prob` and `value` filled."""
+        ...
+
+    def evaluate(self, obs: Obs, decision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log densities [B], entropies [B] and values [B] of given decisions."""
+        ...
+
+
+class Algorithm(Protocol):
+    """Turns experience into better weights. Owns networks, optimizers, buffers and counters."""
+
+    def observe(self, trajectory: Trajectory) -> None:
+        """Take in one segment of experience."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether there is enough experience for `update`."""
+        ...
+
+    def update(self) -> Metrics:
+        """One gradient step of the schedule. Metric tags come without the `train/` prefix."""
+        ...
+
+    def acting_weights(self) -> tuple[int, dict[str, Tensor]]:
+        """(version, state dict of the actor): what rollout workers need, copied so that it may not change."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs, except the buffers: weights, optimizers, counters, generators."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`. Raises CheckpointError naming missing, extra or misshapen entries."""
+        ...
+
+    def buffers(self) -> dict[str, Buffer]:
+        """Stores of experience by name (`replay_buffer`, `demo_buffer`), saved beside the state."""
+        ...
+
+
+class Buffer(Protocol):
+    """A store of experience that survives a restart."""
+
+    def save(self, directory: str) -> None:
+        """Write everything, generator state included, into an existing empty directory."""
+        ...
+
+    def load(self, directory: str) -> None:
+        """Inverse of `save`. Raises CheckpointError naming the file that is missing or does not fit."""
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """`size`, `utilization`, `max_reward`, `min_reward`, `mean_reward`, `std_reward`."""
+        ...

@@ -1,0 +1,1 @@
+"""Experience on its way from environments to algorithms: segments, stores and recorded demonstrations."""

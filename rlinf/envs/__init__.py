@@ -1,0 +1,1 @@
+"""Environments: what happens to the robot when it acts."""

@@ -1,0 +1,106 @@
+"""Flow matching on the straight path x_t = (1 − t) x_0 + t x_1, from noise (t = 0) to action (t = 1).
+
+A K-step Euler walk with a little Gaussian noise at every step. The noise gives each step a density, so the
+whole path (x_0 … x_K) has a likelihood that can be differentiated: SAC's entropy term needs one, and the
+density of x_K alone is not available in closed form.
+
+References:
+    [1] SAC Flow, arXiv:2509.25756, noise-augmented rollout.
+    [2] Flow-GRPO, arXiv:2505.05470: the same corrected step, written in diffusion time 1 − t.
+
+    B batch, A flattened action, K denoising steps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlinf.functional.squash import LOG_SQRT_TAU, unit_gaussian_log_prob
+
+Velocity = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Maps (x_k [B, A], k) to (v_k [B, A], s_k): the velocity at t = k/K with the observation bound, and the
+standard deviation of the noise that step k adds to x, broadcastable to [B, A]."""
+
+
+class Path(NamedTuple):
+    """The end of a walk and the log density of all of it.
+
+    Attributes:
+        end: x_K [B, A], not squashed.
+        log_prob: log p(x_0 … x_K) [B].
+    """
+
+    end: Tensor
+    log_prob: Tensor
+
+
+def score(x: Float[Tensor, "B A"], velocity: Float[Tensor, "B A"], t: float) -> Float[Tensor, "B A"]:
+    """∇ log p_t(x) of the straight path, read off its velocity: (t v − x) / (1 − t).
+
+    Follows from E[x_0 | x_t] = x_t − t v and ∇ log p_t(x) = −E[x_0 | x_t = x] / (1 − t). Requires t < 1, and
+    that v is the velocity of a straight-path flow: exact after flow matching, a parameterisation otherwise.
+    """
+    return (t * velocity - x) / (1 - t)
+
+
+def largest_corrected_std(steps: int) -> float:
+    """√(2/K): the largest per-step noise for which the drift correction is a contraction at every step.
+
+    The corrected step keeps 1 − s² / (2 (1 − t)) of x. It is smallest at the last step, where 1 − t = 1/K, and
+    turns negative beyond s² = 2/K: the walk then overshoots the mean and the correction adds variance.
+    """
+    return math.sqrt(2 / steps)
+
+
+def sample_path(
+    velocity: Velocity,
+    noise: Float[Tensor, "B A"],
+    *,
+    steps: int,
+    drift_correction: bool,
+    step_noise: Float[Tensor, "K B A"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Path:
+    """x_{k+1} = x_k + v_k/K [+ ½ s_k² ∇log p_t(x_k)] + s_k ε_k, with the path's log density.   [1]
+
+    log p(path) = log N(x_0; 0, I) + Σ_k log N(x_{k+1}; mean_k, s_k² I). Since x_{k+1} = mean_k + s_k ε_k, a
+    step's term is −½ε² − log s_k − ½ log 2π: the derivative is taken through s_k, and through nothing else.
+
+    Args:
+        noise: x_0, drawn from N(0, I).
+        steps: K.
+        drift_correction: add ½ s² ∇log p_t, which cancels the widening by the noise up to the discretisation
+            error O(1/K), so that the end keeps the distribution of the noiseless flow. Needs
+            s ≤ `largest_corrected_std(K)`.
+        step_noise: ε of every step; drawn from `generator` if None.
+    """
+    x, dt = noise, 1 / steps
+    log_prob = unit_gaussian_log_prob(x)
+    for k in range(steps):
+        v, std = velocity(x, k)
+        epsilon = (
+            step_noise[k]
+            if step_noise is not None
+            else torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        )
+        mean = x + v * dt
+        if drift_correction:
+            mean = mean + 0.5 * std.square() * score(x, v, k * dt)
+        x = mean + std * epsilon
+        log_prob = log_prob - (0.5 * epsilon.square() + std.log() + LOG_SQRT_TAU).sum(-1)
+    return Path(x, log_prob)
+
+
+def integrate(velocity: Velocity, noise: Float[Tensor, "B A"], *, steps: int) -> Float[Tensor, "B A"]:
+    """x_K of the noiseless walk x_{k+1} = x_k + v_k/K: the flow's ODE by Euler's method."""
+    x = noise
+    for k in range(steps):
+        v, _ = velocity(x, k)
+        x = x + v / steps
+    return x

@@ -1,0 +1,117 @@
+"""A Gaussian policy on the state: the classic actor of SAC, squashed by tanh.
+
+B batch, N environments, H actions per chunk, A action size, S state size
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rlinf.core.config import Config
+from rlinf.core.protocols import Mode
+from rlinf.core.types import ActionOut, Obs
+from rlinf.functional.squash import gaussian_log_prob, tanh_log_det
+from rlinf.models.modules.mlp import mlp
+from rlinf.models.modules.running_norm import RunningNorm
+
+
+class MlpPolicyConfig(Config):
+    """Keys of `actor.model` for `model_type: mlp_policy`."""
+
+    model_type: Literal["mlp_policy"] = Field("mlp_policy", description="Selects this policy.")
+    policy_setup: str | None = Field(
+        "panda-ee-dpos",
+        description="Robot and action convention; fixes the simulator's control mode. `panda-ee-dpos`: end-effector "
+        "position change and gripper (4). `panda-qpos`: joint changes and gripper (8).",
+    )
+    obs_dim: int | None = Field(None, gt=0, description="Expected size of the state; checked against the env.")
+    action_dim: int | None = Field(None, gt=0, description="Expected size of an action; checked against the env.")
+    num_action_chunks: int = Field(1, gt=0, description="H, actions per decision, played open loop.")
+    normalize_obs: bool = Field(True, description="Normalise the state by its running mean and deviation.")
+    hidden_dims: tuple[int, ...] = Field((256, 256, 256), description="Widths of the actor's hidden layers.")
+    activation: Literal["relu", "tanh", "silu", "gelu"] = Field("relu", description="Actor's activation.")
+    log_std_min: float = Field(-5.0, description="Lower end of the log deviation before the tanh.")
+    log_std_max: float = Field(2.0, description="Upper end of the log deviation before the tanh.")
+    num_q_heads: int = Field(2, gt=0, description="E, critics in the ensemble.")
+    q_hidden_dims: tuple[int, ...] = Field((256, 256, 256), description="Widths of the critics' hidden layers.")
+    q_activation: Literal["relu", "tanh", "silu", "gelu"] = Field("relu", description="Critics' activation.")
+    q_layer_norm: bool = Field(True, description="Layer normalisation after every hidden layer of the critics.")
+
+
+class MlpPolicy(nn.Module):
+    """Actor: a = tanh(μ(s) + σ(s) ε), with log σ kept in its range by a tanh.
+
+    Args:
+        obs_dim: S.
+        action_dim: H·A.
+        hidden_dims: widths of the hidden layers.
+        activation: of the hidden layers.
+        log_std_min, log_std_max: range of log σ.
+        normalizer: running normalisation of the state, shared with the critics; None for none.
+        num_action_chunks: H.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden_dims: tuple[int, ...],
+        *,
+        activation: Literal["relu", "tanh", "silu", "gelu"] = "relu",
+        log_std_min: float = -5.0,
+        log_std_max: float = 2.0,
+        normalizer: RunningNorm | None = None,
+        num_action_chunks: int = 1,
+    ) -> None:
+        super().__init__()
+        self.action_dim, self.num_action_chunks = action_dim, num_action_chunks
+        self.log_std_min, self.log_std_max = log_std_min, log_std_max
+        self.normalizer = normalizer
+        self.net = mlp(obs_dim, hidden_dims, 2 * action_dim, activation=activation)
+
+    def _gaussian(self, obs: Obs) -> tuple[Tensor, Tensor]:
+        state = obs["state"] if self.normalizer is None else self.normalizer(obs["state"])
+        mean, raw = self.net(state).float().chunk(2, -1)
+        log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw) + 1)
+        return mean, log_std.exp()
+
+    def sample(self, obs: Obs, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Actions [B, H·A] in (−1, 1) and their log densities [B]."""
+        mean, std = self._gaussian(obs)
+        epsilon = torch.randn(mean.shape, generator=generator, device=mean.device)
+        x = mean + std * epsilon
+        return torch.tanh(x), gaussian_log_prob(x, mean, std) - tanh_log_det(x)
+
+    @torch.no_grad()
+    def act(self, obs: Obs, mode: Mode, generator: torch.Generator | None = None) -> ActionOut:
+        """`train`: a sample. `eval`: tanh of the mean."""
+        if mode == "train":
+            decision, log_prob = self.sample(obs, generator)
+        else:
+            decision, log_prob = torch.tanh(self._gaussian(obs)[0]), None
+        action = decision.unflatten(-1, (self.num_action_chunks, -1))
+        return ActionOut(action=action, decision=decision, log_prob=log_prob)
+
+    def default_target_entropy(self) -> float:
+        """−H·A, the usual target for a squashed Gaussian (Haarnoja et al. 2018, arXiv:1812.05905, appendix D)."""
+        return -float(self.action_dim)
+
+
+def build_mlp_policy(
+    config: MlpPolicyConfig, *, obs_dim: int, action_dim: int, normalizer: RunningNorm | None
+) -> MlpPolicy:
+    """The policy that `config` describes, for states of size `obs_dim` and actions of size `action_dim`."""
+    return MlpPolicy(
+        obs_dim,
+        action_dim * config.num_action_chunks,
+        config.hidden_dims,
+        activation=config.activation,
+        log_std_min=config.log_std_min,
+        log_std_max=config.log_std_max,
+        normalizer=normalizer,
+        num_action_chunks=config.num_action_chunks,
+    )

@@ -1,0 +1,85 @@
+"""E action values evaluated as one batched network.
+
+The first layer is a single matrix product (all heads see the same input), the others are batched products:
+on a GPU that is E times fewer kernels than a loop over heads, in bfloat16 on a CPU 1.5 to 3 times faster.
+
+    E critics, B batch, D hidden width
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlinf.models.modules.mlp import ACTIVATIONS, ActivationName
+
+
+class EnsembleLinear(nn.Module):
+    """E independent linear layers: [E, B, in] → [E, B, out]."""
+
+    def __init__(self, num_heads: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, 1, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One product per head; an input without head axis [B, in] is shared by all heads."""
+        if x.dim() == 2:
+            heads, in_dim, out_dim = self.weight.shape
+            flat = x @ self.weight.transpose(0, 1).reshape(in_dim, heads * out_dim)
+            return flat.view(-1, heads, out_dim).transpose(0, 1) + self.bias
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """Layer normalisation over the last axis with a scale and shift per head."""
+
+    def __init__(self, num_heads: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[E, B, D] → [E, B, D]."""
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+
+
+class QEnsemble(nn.Module):
+    """Q_e(features, action) for e = 1 … E: hidden layers [linear, layer norm, activation], then a scalar.
+
+    Each head has the weights it would have alone: He-uniform hidden layers, a small last layer so that the
+    first targets are about the rewards, and no sharing of any parameter.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dims: Sequence[int],
+        num_heads: int,
+        *,
+        activation: ActivationName = "relu",
+        layer_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        layers: list[nn.Module] = []
+        for width in hidden_dims:
+            linear = EnsembleLinear(num_heads, in_dim, width)
+            bound = math.sqrt(6 / in_dim) if activation != "tanh" else 5 / 3 * math.sqrt(6 / (in_dim + width))
+            nn.init.uniform_(linear.weight, -bound, bound)
+            layers.append(linear)
+            if layer_norm:
+                layers.append(EnsembleLayerNorm(num_heads, width))
+            layers.append(ACTIVATIONS[activation]())
+            in_dim = width
+        head = EnsembleLinear(num_heads, in_dim, 1)
+        nn.init.normal_(head.weight, std=0.02)
+        self.net = nn.Sequential(*layers, head)
+
+    def forward(self, features: Tensor, action: Tensor) -> Tensor:
+        """Q values [E, B] in float32."""
+        return self.net(torch.cat([features, action], -1)).squeeze(-1).float()
