@@ -1,0 +1,7 @@
+"""`python -m rlinf`: see `rlinf.launch.cli.main`."""
+
+import sys
+
+from rlinf.launch.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,128 @@
+"""The command line: doctor, configs, plot, eval. A command imports what it needs when it is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import rlinf
+from rlinf.core.errors import ConfigError, RlinfError
+
+CONFIG_DIR = "examples/embodiment/config"
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 when it is done, 1 when the machine is broken, 2 for an error of use."""
+    parser = build_parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return COMMANDS[chosen.command](chosen)
+    except RlinfError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlinf",
+        description="Embodied reinforcement learning.",
+        epilog="To train: bash examples/embodiment/run_embodiment.sh RECIPE [key=value ...]",
+    )
+    parser.add_argument("--version", action="version", version=f"rlinf {rlinf.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="what works on this machine, and the command that mends the rest")
+    doctor.add_argument("--timeout", type=float, default=90, metavar="S", help="seconds that a check may take (90)")
+
+    configs = commands.add_parser("configs", help="list the recipes, one line each")
+    configs.add_argument("--dir", type=Path, metavar="DIR", help=f"folder of the recipes (default: {CONFIG_DIR})")
+
+    plot = commands.add_parser("plot", help="draw learning curves of one or several run directories")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, holds metrics.jsonl")
+    plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="picture to write (default: inside RUN)")
+
+    evaluate = commands.add_parser("eval", help="evaluate the newest checkpoint of a run")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory, holds config.yaml and checkpoints")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the run's own config")
+    return parser
+
+
+def run_doctor(chosen: argparse.Namespace) -> int:
+    """Print the state of the machine; 1 when something that everything needs does not work."""
+    from rlinf.launch.cli.doctor import examine
+
+    return examine(chosen.timeout)
+
+
+def run_configs(chosen: argparse.Namespace) -> int:
+    """Print each recipe's name with the first comment of its file."""
+    folder = chosen.dir or find_config_dir()
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise ConfigError(f"{folder} holds no recipe (*.yaml); name the folder with --dir")
+    width = max(len(file.stem) for file in files)
+    for file in files:
+        print(f"{file.stem:<{width}}  {describe(file)}")
+    return 0
+
+
+def run_plot(chosen: argparse.Namespace) -> int:
+    """Draw the curves of the given runs into one picture and print its name."""
+    from rlinf.metrics.plot import plot_runs
+
+    single = chosen.runs[0] / "learning_curve.png"
+    path = chosen.output or (single if len(chosen.runs) == 1 else Path("learning_curves.png"))
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--output {path}: the name must end in .png, .pdf or .svg")
+    try:
+        plot_runs(chosen.runs, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with -o") from error
+    print(path)
+    return 0
+
+
+def run_eval(chosen: argparse.Namespace) -> int:
+    """Evaluate a run's newest checkpoint and print the metrics as a table."""
+    if not chosen.run.is_dir():
+        raise ConfigError(f"{chosen.run} is not a run directory")
+    from rlinf.launch.run import evaluate_run
+    from rlinf.metrics.view import short_number
+
+    metrics = evaluate_run(chosen.run, chosen.overrides)
+    width = max(map(len, metrics), default=0)
+    for tag, value in metrics.items():
+        print(f"{tag:<{width}}  {short_number(value):>9}")
+    return 0
+
+
+COMMANDS = {"doctor": run_doctor, "configs": run_configs, "plot": run_plot, "eval": run_eval}
+
+
+def find_config_dir() -> Path:
+    """The folder of recipes in the working directory or in the checkout that this package belongs to."""
+    for root in (Path.cwd(), Path(rlinf.__file__).parents[1]):
+        if (root / CONFIG_DIR).is_dir():
+            return root / CONFIG_DIR
+    raise ConfigError(f"no folder {CONFIG_DIR} here; start in the checkout or name the folder with --dir")
+
+
+def describe(recipe: Path) -> str:
+    """Text of the first comment line of a YAML file; empty where it has none before its first key."""
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        if text.startswith("#") and text.strip("# ") and not text.startswith("# @package"):
+            return text.lstrip("# ")
+        if text and not text.startswith("#"):
+            break
+    return ""
