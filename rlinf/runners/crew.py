@@ -1,0 +1,84 @@
+"""The groups of one run, and the calls on them that every runner needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlinf.runtime.local import STOP_TIMEOUT_S, Flag, Group, Handle
+from rlinf.workers.env_worker import EnvWorker, merge_episode_means
+from rlinf.workers.learner_worker import LearnerWorker, Progress
+from rlinf.workers.rollout_worker import RolloutWorker
+
+
+class Reporter(Protocol):
+    """Where numbers and messages go; `metrics.report.Reporter` is the real one."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a global step."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show one line to the people who watch."""
+        ...
+
+    def video(self, name: str, frames: Any, fps: float) -> None:
+        """Write uint8 [T, height, width, 3] as a video called `name`."""
+        ...
+
+
+class Collection:
+    """Experience being collected: environments play while policies answer them."""
+
+    def __init__(self, playing: Handle[dict[str, float]], serving: Handle[int]) -> None:
+        self.playing, self.serving = playing, serving
+
+    def wait(self) -> dict[str, float]:
+        """Means over the episodes that ended, once everything is played. May be asked again."""
+        parts = self.playing.wait(watching=[self.serving])
+        self.serving.wait()
+        return merge_episode_means(parts)
+
+    @property
+    def handles(self) -> tuple[Handle[Any], ...]:
+        """What to watch while doing something else."""
+        return self.playing, self.serving
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.playing.seconds
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who takes part in training. `stop` is the flag that all of them look at."""
+
+    env: Group[EnvWorker]
+    rollout: Group[RolloutWorker]
+    learner: Group[LearnerWorker]
+    stop: Flag
+
+    def collect(self, chunks: int, segments: int) -> Collection:
+        """Start playing `segments` times `chunks` action chunks in every environment."""
+        serving = self.rollout.run(RolloutWorker.serve, "train")
+        return Collection(self.env.run(EnvWorker.interact, chunks, segments), serving)
+
+    def publish(self) -> int:
+        """Publish the newest weights; their version."""
+        return self.learner.run(LearnerWorker.publish).wait()[0]
+
+    def ingest(self) -> Progress:
+        """Give the learner all experience that has arrived."""
+        return self.learner.run(LearnerWorker.ingest).wait()[0]
+
+    def progress(self) -> Progress:
+        """How far the learner has come."""
+        return self.learner.run(LearnerWorker.report).wait()[0]
+
+    def close(self) -> list[str]:
+        """Close the environments and let the threads end. Returns what went wrong with that, in words."""
+        problems = self.env.run(EnvWorker.close).failures(STOP_TIMEOUT_S)
+        for group in (self.env, self.rollout, self.learner):
+            group.end()
+        return problems

@@ -1,0 +1,302 @@
+"""The runtime in one process: every replica of a worker is an object with a thread of its own.
+
+Four names move objects between workers: `Group` and `Handle` call replicas, `Channel` is a FIFO between them,
+`Weights` holds the newest published state; `Flag` asks them to come to an end. Nothing here knows of
+reinforcement learning.
+
+Whatever travels is handed over by reference: the receiver sees the sender's own arrays. Everybody treats what
+came out of a channel as read-only and makes new arrays instead of writing into old ones.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for_futures
+from functools import partial
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from rlinf.core.errors import RlinfError, WorkerDied
+
+W = TypeVar("W")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CHANNEL_TIMEOUT_S = 600.0
+CALL_TIMEOUT_S = 3600.0
+STOP_TIMEOUT_S = 10.0
+"""How long a call may still take once its run has been asked to stop."""
+
+
+class ChannelClosed(RlinfError):
+    """Whoever was on the other side of the channel has failed; `cause` is that failure."""
+
+    def __init__(self, name: str, cause: BaseException) -> None:
+        super().__init__(f"channel '{name}' was closed: {cause}")
+        self.cause = cause
+
+
+class Flag:
+    """A switch that is thrown once, with a reason, and that workers look at between pieces of work."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.reason = ""
+
+    def set(self, reason: str) -> None:
+        """Throw the switch. The first reason is kept."""
+        if not self._event.is_set():
+            self.reason = reason
+            self._event.set()
+
+    def is_set(self) -> bool:
+        """Whether the switch has been thrown."""
+        return self._event.is_set()
+
+
+class Channel:
+    """FIFO between worker groups, split by key so that rank 3 can wait for what is meant for rank 3."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._items: dict[Any, deque[Any]] = defaultdict(deque)
+        self._changed = threading.Condition()
+        self._cause: BaseException | None = None
+
+    def put(self, item: Any, key: Any = 0) -> None:
+        """Append `item` to the queue of `key`. Raises ChannelClosed."""
+        with self._changed:
+            if self._cause is not None:
+                raise ChannelClosed(self.name, self._cause)
+            self._items[key].append(item)
+            self._changed.notify_all()
+
+    def get(self, key: Any = 0, timeout_s: float = CHANNEL_TIMEOUT_S) -> Any:
+        """Oldest item of `key`, waiting for it if need be.
+
+        Raises WorkerDied when nothing arrives in time, ChannelClosed when the other side has failed.
+        """
+        with self._changed:
+            arrived = self._changed.wait_for(
+                lambda: self._cause is not None or len(self._items[key]) > 0, timeout=timeout_s
+            )
+            if self._cause is not None:
+                raise ChannelClosed(self.name, self._cause)
+            if not arrived:
+                raise WorkerDied(
+                    f"nothing arrived on channel '{self.name}' for {key!r} within {timeout_s:g} s: "
+                    "the worker that should have sent it hangs or was never started"
+                )
+            return self._items[key].popleft()
+
+    def drain(self, key: Any = 0) -> list[Any]:
+        """Everything waiting now for `key`, oldest first, without blocking; also after `close`."""
+        with self._changed:
+            items = list(self._items[key])
+            self._items[key].clear()
+            return items
+
+    def close(self, cause: BaseException) -> None:
+        """Wake all who wait here, now and later, with ChannelClosed. The first cause is kept."""
+        with self._changed:
+            if self._cause is None:
+                self._cause = cause
+            self._changed.notify_all()
+
+
+class Weights:
+    """The newest published weights and their version. Readers take the newest or nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._version = -1
+        self._state: dict[str, Tensor] = {}
+
+    def publish(self, version: int, state: dict[str, Tensor]) -> None:
+        """Make `state` what readers get. The caller must not write into it afterwards."""
+        with self._lock:
+            self._version, self._state = version, state
+
+    def newer_than(self, version: int) -> tuple[int, dict[str, Tensor]] | None:
+        """(version, state) if something newer than `version` is published, else None. Never waits."""
+        with self._lock:
+            return (self._version, self._state) if self._version > version else None
+
+
+class _Replica:
+    """The only thread that ever touches one worker object; calls queue up and run in order."""
+
+    def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
+        self.name = name
+        self._on_failure = on_failure
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        # A daemon, so that a worker stuck in foreign code cannot keep the interpreter from ending.
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, call = item
+            try:
+                future.set_result(call())
+            except BaseException as error:  # the thread's edge: whatever it is belongs to the caller
+                future.set_exception(error)
+                self._on_failure(error)
+
+    def submit(self, call: Callable[[], R]) -> Future[R]:
+        future: Future[R] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def end(self) -> None:
+        self._calls.put(None)
+
+    def whereabouts(self) -> str:
+        """The line that the thread is at, for error messages."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        if frame is None:
+            return f"{self.name} (its thread has ended)"
+        at = traceback.extract_stack(frame)[-1]
+        return f"{self.name} (at {at.filename}:{at.lineno}, in {at.name})"
+
+
+class Handle(Generic[R]):
+    """A call running on every replica of a group."""
+
+    def __init__(self, what: str, calls: Sequence[tuple[_Replica, Future[R]]], stop: Flag | None) -> None:
+        self._what, self._calls, self._stop = what, calls, stop
+        self._started = self._ended = time.perf_counter()
+        for _, future in calls:
+            future.add_done_callback(self._note_end)
+
+    def _note_end(self, _: Future[R]) -> None:
+        self._ended = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """From the call to the end of the replica that ended last so far."""
+        return self._ended - self._started
+
+    def wait(
+        self,
+        timeout_s: float = CALL_TIMEOUT_S,
+        *,
+        watching: Iterable[Handle[Any]] = (),
+        hurry: bool = True,
+    ) -> list[R]:
+        """Results in rank order. May be asked again.
+
+        The first exception, of this call or of the calls in `watching`, is raised at once, the very object
+        that was thrown in the replica, with its traceback; a worker that only failed because a channel was
+        closed on it stands for the failure that closed the channel.
+
+        Raises WorkerDied, naming who did not answer and where it is, after `timeout_s`; with `hurry`, at the
+        latest STOP_TIMEOUT_S after the run was asked to stop.
+        """
+        own = {future for _, future in self._calls}
+        others = {future for handle in watching for _, future in handle._calls}
+        deadline = time.monotonic() + timeout_s
+        hurried = False
+        while True:
+            failed = [f for f in own | others if f.done() and f.exception() is not None]
+            if failed:
+                raise _first_cause(failed)
+            pending = {f for f in own if not f.done()}
+            if not pending:
+                return [future.result() for _, future in self._calls]
+            if hurry and not hurried and self._stop is not None and self._stop.is_set():
+                hurried, deadline = True, min(deadline, time.monotonic() + STOP_TIMEOUT_S)
+            if (left := deadline - time.monotonic()) <= 0:
+                raise WorkerDied(self._overdue(timeout_s if not hurried else STOP_TIMEOUT_S))
+            # Slices, because a stop may be asked for while nothing else happens.
+            pending |= {f for f in others if not f.done()}
+            wait_for_futures(pending, timeout=min(left, 0.2), return_when=FIRST_COMPLETED)
+
+    def failures(self, timeout_s: float) -> list[str]:
+        """One line for every replica that failed or did not answer in time. For clean-up: does not raise."""
+        wait_for_futures([future for _, future in self._calls], timeout=timeout_s)
+        lines = [self._overdue(timeout_s)] if any(not future.done() for _, future in self._calls) else []
+        for replica, future in self._calls:
+            if future.done() and (error := future.exception()) is not None:
+                lines.append(f"{self._what} on {replica.name}: {type(error).__name__}: {error}")
+        return lines
+
+    def _overdue(self, seconds: float) -> str:
+        late = ", ".join(replica.whereabouts() for replica, future in self._calls if not future.done())
+        return f"{self._what}: no answer within {seconds:g} s from {late}"
+
+
+def _first_cause(failed: list[Future[Any]]) -> BaseException:
+    """The failure that came first among failed calls: the one that was not itself caused by another."""
+    errors = [error for future in failed if (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, ChannelClosed):
+            return error
+    return errors[0].cause if isinstance(errors[0], ChannelClosed) else errors[0]
+
+
+class Group(Generic[W]):
+    """N replicas of one worker class, called together.
+
+    The method is passed as an object, `group.run(LearnerWorker.update, 4)`, never by name: an editor can
+    follow it and a type checker sees its arguments. Calls to one replica run one after the other, in order.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        builders: Sequence[Callable[[], W]],
+        *,
+        channels: Iterable[Channel] = (),
+        stop: Flag | None = None,
+        build_timeout_s: float = CHANNEL_TIMEOUT_S,
+    ) -> None:
+        """Build replica i with `builders[i]`, each in its own thread, all at the same time.
+
+        `channels` are closed as soon as a replica fails, so that nobody waits for it in vain. Once `stop` is
+        set, waiting for this group is cut short (see `Handle.wait`).
+        """
+        self.name = name
+        self._channels = tuple(channels)
+        self._stop = stop
+        self._replicas: list[_Replica] = [
+            _Replica(f"{name}[{rank}]", self._on_failure) for rank in range(len(builders))
+        ]
+        building = [(r, r.submit(build)) for r, build in zip(self._replicas, builders, strict=True)]
+        self._workers = Handle(f"building {name}", building, stop).wait(build_timeout_s)
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    def _on_failure(self, error: BaseException) -> None:
+        cause = error.cause if isinstance(error, ChannelClosed) else error
+        for channel in self._channels:
+            channel.close(cause)
+
+    def run(self, method: Callable[Concatenate[W, P], R], *args: P.args, **kwargs: P.kwargs) -> Handle[R]:
+        """Start `method(replica, *args, **kwargs)` on every replica."""
+        return self._start(method, [partial(method, worker, *args, **kwargs) for worker in self._workers])
+
+    def run_each(self, method: Callable[[W, Any], R], arguments: Sequence[Any]) -> Handle[R]:
+        """Start `method(replica, arguments[rank])` on every replica."""
+        if len(arguments) != len(self):
+            raise ValueError(f"{self.name} has {len(self)} replicas but got {len(arguments)} arguments")
+        pairs = zip(self._workers, arguments, strict=True)
+        return self._start(method, [partial(method, worker, argument) for worker, argument in pairs])
+
+    def _start(self, method: Callable[..., R], calls: Sequence[Callable[[], R]]) -> Handle[R]:
+        started = [(r, r.submit(call)) for r, call in zip(self._replicas, calls, strict=True)]
+        return Handle(f"{self.name}.{getattr(method, '__name__', method)}", started, self._stop)
+
+    def end(self) -> None:
+        """Let the threads end after the calls that are queued. Does not wait."""
+        for replica in self._replicas:
+            replica.end()

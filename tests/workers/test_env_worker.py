@@ -1,0 +1,195 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rlinf.core.errors import NonFiniteError, RlinfError, ShapeError
+from rlinf.runtime.local import Weights
+from rlinf.workers.env_worker import EnvWorker, Resumable, merge_episode_means
+from tests.fakes import (
+    CountingActor,
+    CountingAlgorithm,
+    CountingEnv,
+    H,
+    ReachEnv,
+    RecordingReporter,
+    ResumableReachEnv,
+    TinyActor,
+    build_crew,
+    build_evaluator,
+)
+
+
+def crew_of(env, actor=None, **settings):
+    return build_crew([[env]], [actor or CountingActor()], CountingAlgorithm(), **settings)
+
+
+def play(crew, chunks, segments=1):
+    episodes = crew.collect(chunks, segments).wait()
+    crew.ingest()
+    return episodes
+
+
+def test_merged_means_weigh_every_episode_equally():
+    parts = [{"num_episodes": 1.0, "return": 4.0}, {"num_episodes": 0.0}, {"num_episodes": 3.0, "return": 8.0}]
+    assert merge_episode_means(parts) == {"num_episodes": 4.0, "return": 7.0}
+    assert merge_episode_means([{"num_episodes": 0.0}]) == {"num_episodes": 0.0}
+
+
+def test_without_automatic_reset_only_the_first_episode_of_a_segment_counts():
+    env, algorithm = CountingEnv(3), CountingAlgorithm()
+    algorithm.observe = algorithm.seen.append
+    crew = build_crew([[env]], [CountingActor()], algorithm, auto_reset=False)
+    episodes = play(crew, chunks=6, segments=2)
+    assert episodes["num_episodes"] == 6
+    assert episodes["episode_len"] == H * (2 + 3 + 4) / 3
+    assert [t.continues for t in algorithm.seen] == [False, False]
+    assert [t.valid.sum(0).tolist() for t in algorithm.seen] == [[2, 3, 4], [2, 3, 4]]
+    assert crew.progress().env_steps == 2 * (2 + 3 + 4) * H
+    assert len(env.seeds) == 2
+    assert env.seeds[1] is None
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_evaluation_plays_exactly_one_episode_per_environment_and_epoch(epochs):
+    weights, reporter = Weights(), RecordingReporter()
+    envs = [[CountingEnv(3), CountingEnv(2, 3)], [CountingEnv(4, 5)]]
+    evaluator = build_evaluator(envs, CountingActor(), weights, episodes_per_env=epochs, chunks=4, seed=7)
+    metrics = evaluator.run(reporter, 5)
+    # Fast environments finish more than once meanwhile; every one counts the same.
+    assert metrics["eval/num_episodes"] == 9 * epochs
+    assert metrics["eval/env"] == pytest.approx(sum(range(9)) / 9)
+    assert metrics["eval/episode_len"] == pytest.approx(H * (2 + 3 + 4) / 3)
+
+
+def test_evaluations_start_from_the_same_states_unless_told_otherwise():
+    def seeds(same):
+        env = CountingEnv(2)
+        evaluator = build_evaluator(
+            [[env]], CountingActor(), Weights(), episodes_per_env=2, chunks=4, seed=7, same_episodes=same
+        )
+        for step in (1, 2):
+            evaluator.run(RecordingReporter(), step)
+        return env.seeds
+
+    first, second, *again = seeds(same=True)
+    assert first != second
+    assert again == [first, second]
+    assert len(set(seeds(same=False))) == 4
+
+
+def test_recorded_frames_show_the_first_episode_and_hold_its_last_picture():
+    reporter = RecordingReporter()
+    evaluator = build_evaluator(
+        [[CountingEnv(3)]], CountingActor(), Weights(), episodes_per_env=2, chunks=4, seed=0, num_recorded=2
+    )
+    evaluator.run(reporter, 12)
+    frames = reporter.videos["eval_step_000012"]
+    left, right = frames[:, 0, 0, 0], frames[:, 0, 2, 0]  # tiles of 2 x 2 pixels whose grey is the count
+    assert left.tolist() == [0, 1, 1, 1]
+    assert right.tolist() == [0, 1, 2, 2]
+
+
+def test_environments_without_pictures_give_no_video():
+    reporter = RecordingReporter()
+    evaluator = build_evaluator(
+        [[ReachEnv(2)]], TinyActor(), Weights(), episodes_per_env=1, chunks=7, seed=0, num_recorded=2
+    )
+    evaluator.run(reporter, 0)
+    assert reporter.videos == {}
+
+
+def test_an_episode_longer_than_the_evaluation_is_an_error():
+    evaluator = build_evaluator([[CountingEnv(3)]], CountingActor(), Weights(), episodes_per_env=1, chunks=3, seed=0)
+    with pytest.raises(RlinfError, match=r"1 episodes of env worker 0 did not end within 6 steps; raise env\.eval"):
+        evaluator.run(RecordingReporter(), 0)
+
+
+class NaNActor(CountingActor):
+    def act(self, obs, mode, generator=None):
+        out = super().act(obs, mode, generator)
+        return replace(out, action=torch.where(obs["state"][:, None, 1:] >= 2, torch.nan, out.action))
+
+
+class NaNEnv(CountingEnv):
+    def __init__(self, what):
+        super().__init__(3)
+        self.what = what
+
+    def step(self, action):
+        step = super().step(action)
+        if self.what == "reward":
+            step.reward[1, 0] = torch.nan
+            return step
+        return replace(step, last_obs={"state": step.obs["state"] / torch.tensor([[1.0], [1.0], [0.0]])})
+
+
+@pytest.mark.parametrize(
+    ("env", "actor", "message"),
+    [
+        (CountingEnv(2), NaNActor(), "action of environment 0 (env worker 0, stage 0) is not finite"),
+        (NaNEnv("reward"), None, "reward of environment 1 (env worker 0, stage 0) is not finite: [nan, 0.0]"),
+        (NaNEnv("obs"), None, "observation/state of environment 2 (env worker 0, stage 0) is not finite"),
+    ],
+)
+def test_nan_is_caught_where_it_appears(env, actor, message):
+    with pytest.raises(NonFiniteError) as caught:
+        play(crew_of(env, actor), chunks=4)
+    assert message in str(caught.value)
+
+
+def test_a_policy_with_another_chunk_length_is_named():
+    class Short(CountingActor):
+        def act(self, obs, mode, generator=None):
+            out = super().act(obs, mode, generator)
+            return replace(out, action=out.action[:, :1])
+
+    with pytest.raises(ShapeError, match=r"actions \(2, 1, 2\), but env worker 0 needs \[N=2, H=2, A\]"):
+        play(crew_of(CountingEnv(2), Short()), chunks=1)
+
+
+def test_a_checkpoint_begins_fresh_episodes_that_depend_on_the_step():
+    env = CountingEnv(2)
+    crew = crew_of(env)
+    for step in (1, 2):
+        play(crew, chunks=3)
+        assert crew.env.run(EnvWorker.checkpoint, step).wait() == [{}]
+    play(crew, chunks=1)
+    resumed = CountingEnv(2)
+    crew = crew_of(resumed)
+    crew.env.run_each(EnvWorker.restore, [(2, {})]).wait()
+    play(crew, chunks=1)
+    assert len(set(env.seeds)) == 3
+    assert resumed.seeds == env.seeds[2:]
+
+
+def test_a_resumable_environment_continues_in_the_middle_of_an_episode():
+    assert isinstance(ResumableReachEnv(1), Resumable)
+    assert not isinstance(ReachEnv(1), Resumable)
+
+    def rewards(crew, algorithm):
+        play(crew, chunks=9)
+        return np.concatenate([t.reward.numpy() for t in algorithm.seen])
+
+    def crew_with(algorithm):
+        algorithm.observe = algorithm.seen.append
+        actor = TinyActor()
+        actor.load_state_dict = lambda state: None
+        return build_crew([[ResumableReachEnv(3)]], [actor], algorithm)
+
+    first, second = CountingAlgorithm(), CountingAlgorithm()
+    crew = crew_with(first)
+    play(crew, chunks=4)
+    [state] = crew.env.run(EnvWorker.checkpoint, 1).wait()
+    noise = [r.clone() for r in [state["stages"][0]["generator"]]]
+    crew_generator = crew.rollout.run(lambda worker: worker.checkpoint()).wait()
+    first.seen.clear()
+    expected = rewards(crew, first)
+    state["stages"][0]["generator"] = noise[0]
+
+    other = crew_with(second)
+    other.env.run_each(EnvWorker.restore, [(1, state)]).wait()
+    other.rollout.run_each(lambda worker, saved: worker.restore((1, saved)), crew_generator).wait()
+    assert np.array_equal(rewards(other, second), expected)
+    assert second.seen[0].truncated[2].all(), "the episode of 7 chunks began 4 chunks before"
