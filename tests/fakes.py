@@ -81,9 +81,9 @@ class CountingActor(nn.Module):
     def __init__(self, before_act: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.register_buffer("updates", torch.zeros(()))
-        self.before_act = before_act
+        self.before_act, self.noise_shape = before_act, (1,)
 
-    def act(self, obs: dict[str, Any], mode: str, generator: torch.Generator | None = None) -> ActionOut:
+    def act(self, obs: dict[str, Any], mode: str, noise: torch.Tensor | None = None) -> ActionOut:
         self.before_act()
         state = obs["state"]
         updates = self.updates.expand(len(state), 1)
@@ -199,11 +199,12 @@ class TinyActor(nn.Module):
         self.layer = nn.Linear(1, H)
         nn.init.zeros_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
+        self.noise_shape = (H,)
 
-    def act(self, obs: dict[str, Any], mode: str, generator: torch.Generator | None = None) -> ActionOut:
+    def act(self, obs: dict[str, Any], mode: str, noise: torch.Tensor | None = None) -> ActionOut:
         action = self.layer(obs["state"])
         if mode == "train":
-            action = action + 0.2 * torch.randn(action.shape, generator=generator)
+            action = action + 0.2 * noise
         return ActionOut(action.clamp(-1, 1)[..., None], action)
 
 

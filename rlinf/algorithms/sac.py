@@ -46,19 +46,20 @@ def soft_value(
     critic: Critic,
     obs: Obs,
     alpha: Tensor,
+    noise: Tensor,
     *,
     agg_q: Aggregate = "min",
     subset: Tensor | None = None,
     entropy: bool = True,
-    generator: torch.Generator | None = None,
 ) -> Float[Tensor, " B"]:
     """V(s) = min_e Q_e(s, a) − α log π(a|s), with a ~ π(·|s).                          [1, Eq. 3]
 
     Args:
+        noise: standard normal numbers [B, *actor.noise_shape] that make a.
         subset: indices of the critics that are aggregated; None for all.                    [2]
         entropy: whether the backup carries the entropy term.                                [2]
     """
-    decision, log_prob = actor.sample(obs, generator)
+    decision, log_prob = actor.sample(obs, noise)
     q = aggregate(critic(obs, decision), agg_q, subset)
     return q - alpha * log_prob if entropy else q
 
@@ -69,11 +70,11 @@ def critic_loss(
     target_critic: Critic,
     alpha: Tensor,
     batch: Transition,
+    noise: Tensor,
     *,
     agg_q: Aggregate = "min",
     subset: Tensor | None = None,
     entropy: bool = True,
-    generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """J(θ) = E (Q_θ(s, a) − y)²,  y = r + D V̄(s′), averaged over critics.               [1, Eq. 5]
 
@@ -85,10 +86,10 @@ def critic_loss(
             target_critic,
             batch.next_obs,
             alpha,
+            noise,
             agg_q=agg_q,
             subset=subset,
             entropy=entropy,
-            generator=generator,
         )
         target = batch.reward + batch.discount * next_value
     q = critic(batch.obs, batch.decision)
@@ -101,12 +102,12 @@ def actor_loss(
     critic: Critic,
     alpha: Tensor,
     batch: Transition,
+    noise: Tensor,
     *,
     agg_q: Aggregate = "min",
-    generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """J(φ) = E [α log π_φ(a|s) − Q(s, a)],  a = f_φ(ε; s).                              [1, Eq. 9]"""
-    decision, log_prob = actor.sample(batch.obs, generator)
+    decision, log_prob = actor.sample(batch.obs, noise)
     q = aggregate(critic(batch.obs, decision), agg_q)
     loss = (alpha * log_prob - q).mean()
     return loss, {
@@ -258,10 +259,10 @@ class SAC:
                     self.target_critic,
                     alpha,
                     batch,
+                    self._draw_noise(batch),
                     agg_q=self.agg_q,
                     subset=subset,
                     entropy=self.backup_entropy,
-                    generator=self.generator,
                 )
 
         stats = self.critic_stepper.descend(loss_of, batches)
@@ -272,9 +273,8 @@ class SAC:
 
         def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
             with self._precision():
-                return self.actor_loss(
-                    self.actor, self.critic, alpha, batch, agg_q=self.actor_agg_q, generator=self.generator
-                )
+                noise = self._draw_noise(batch)
+                return self.actor_loss(self.actor, self.critic, alpha, batch, noise, agg_q=self.actor_agg_q)
 
         stats = self.actor_stepper.descend(loss_of, batches)
         metrics: Metrics = {"sac/actor_loss": stats.pop("actor_loss"), "sac/alpha": alpha}
@@ -313,6 +313,10 @@ class SAC:
             for start in range(0, self.batch_size, self.micro_batch_size)
             for rows in [slice(start, start + self.micro_batch_size)]
         ]
+
+    def _draw_noise(self, batch: Transition) -> Tensor:
+        shape = (len(batch.reward), *self.actor.noise_shape)
+        return torch.randn(shape, generator=self.generator, device=self.device)
 
     def _draw_critics(self) -> Tensor | None:
         """Indices of the critics in this update's targets, without replacement as in RLPD unless asked otherwise."""

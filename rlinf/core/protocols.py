@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from rlinf.core.types import ActionOut, EnvSpaces, EnvStep, Metrics, Obs, Trajectory
@@ -47,14 +46,23 @@ class VectorEnv(Protocol):
 
 
 class Actor(Protocol):
-    """A policy network: acts, and gives reparameterised samples to an algorithm."""
+    """A policy network: acts, and gives reparameterised samples to an algorithm.
 
-    def act(self, obs: Obs, mode: Mode, generator: torch.Generator | None = None) -> ActionOut:
-        """Answer N observations. `train` explores; `eval` is deterministic given the observation."""
+    A pure function of observation and noise: whoever calls draws the noise, so that tests can inject it, rollouts
+    can correlate it over time, and a compiled loss holds no generator.
+
+    Attributes:
+        noise_shape: shape of the standard normal numbers that one decision consumes.
+    """
+
+    noise_shape: tuple[int, ...]
+
+    def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:
+        """Answer N observations. `train` explores by `noise` [N, *noise_shape]; `eval` needs none."""
         ...
 
-    def sample(self, obs: Obs, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Decisions [B, ...] and log densities [B], differentiable in the parameters."""
+    def sample(self, obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Decisions [B, ...] and log densities [B], differentiable in the parameters; noise [B, *noise_shape]."""
         ...
 
     def default_target_entropy(self) -> float:
@@ -99,7 +107,9 @@ class CriticNetwork(Critic, Network, Protocol):
 class ActorCritic(Protocol):
     """A policy with a value head, for on-policy algorithms."""
 
-    def act(self, obs: Obs, mode: Mode, generator: torch.Generator | None = None) -> ActionOut:
+    noise_shape: tuple[int, ...]
+
+    def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:
         """As `Actor.act`, with `log_prob` and `value` filled."""
         ...
 

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,12 +59,9 @@ def largest_corrected_std(steps: int) -> float:
 
 def sample_path(
     velocity: Velocity,
-    noise: Float[Tensor, "B A"],
+    noise: Float[Tensor, "B N A"],
     *,
-    steps: int,
     drift_correction: bool,
-    step_noise: Float[Tensor, "K B A"] | None = None,
-    generator: torch.Generator | None = None,
 ) -> Path:
     """x_{k+1} = x_k + v_k/K [+ ½ s_k² ∇log p_t(x_k)] + s_k ε_k, with the path's log density.   [1]
 
@@ -73,22 +69,17 @@ def sample_path(
     step's term is −½ε² − log s_k − ½ log 2π: the derivative is taken through s_k, and through nothing else.
 
     Args:
-        noise: x_0, drawn from N(0, I).
-        steps: K.
+        noise: standard normal numbers: x_0 and then ε_0 … ε_{K−1}, so N = K + 1.
         drift_correction: add ½ s² ∇log p_t, which cancels the widening by the noise up to the discretisation
             error O(1/K), so that the end keeps the distribution of the noiseless flow. Needs
             s ≤ `largest_corrected_std(K)`.
-        step_noise: ε of every step; drawn from `generator` if None.
     """
-    x, dt = noise, 1 / steps
+    x, *epsilons = noise.unbind(1)
+    steps = len(epsilons)
+    dt = 1 / steps
     log_prob = unit_gaussian_log_prob(x)
-    for k in range(steps):
+    for k, epsilon in enumerate(epsilons):
         v, std = velocity(x, k)
-        epsilon = (
-            step_noise[k]
-            if step_noise is not None
-            else torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        )
         mean = x + v * dt
         if drift_correction:
             mean = mean + 0.5 * std.square() * score(x, v, k * dt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -19,7 +20,9 @@ from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Weights
 class ActingNetwork(Protocol):
     """The part of a policy network that acting needs; any `nn.Module` that is an Actor has it."""
 
-    def act(self, obs: Obs, mode: Mode, generator: torch.Generator | None = None) -> ActionOut:
+    noise_shape: tuple[int, ...]
+
+    def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:
         """See core.protocols.Actor."""
         ...
 
@@ -32,6 +35,11 @@ class RolloutWorker:
     """Hosts a copy of the policy and serves the environments in `sources`, always in that order.
 
     The fixed order is what makes a run reproducible: all sources draw from one generator.
+
+    Exploration may be correlated in time: z_{t+1} = ρ z_t + √(1 − ρ²) ξ_t per environment, with ρ =
+    `noise_correlation`. Each z_t alone stays standard normal, so each decision alone stays distributed as the
+    policy says; but consecutive ones push the same way, which reaches further than white noise does (Eberhard et
+    al. 2023, "Pink noise is all you need", compare such processes).
     """
 
     def __init__(
@@ -43,12 +51,15 @@ class RolloutWorker:
         *,
         sources: Sequence[tuple[int, int]],
         generator: torch.Generator,
+        noise_correlation: float = 0.0,
         device: torch.device | str = "cpu",
         timeout_s: float = CHANNEL_TIMEOUT_S,
     ) -> None:
         self.actor, self.obs, self.actions, self.weights = actor, obs, actions, weights
         self.sources, self.generator = list(sources), generator
         self.device, self.timeout_s = device, timeout_s
+        self.noise_correlation = noise_correlation
+        self._noise: dict[tuple[int, int], Tensor] = {}
         self.version = -1
         # Batches are small here, and a second OpenMP thread would spin against the learner's.
         torch.set_num_threads(1)
@@ -72,19 +83,36 @@ class RolloutWorker:
                     asking.remove(source)
                     continue
                 version = self.refresh()
-                out = self.actor.act(tree.to(obs, self.device), mode, self.generator)
+                noise = self._draw(source, _rows(obs)) if mode == "train" else None
+                out = self.actor.act(tree.to(obs, self.device), mode, noise)
                 self.actions.put(replace(out, version=version), key=source)
                 answers += 1
         return answers
 
+    def _draw(self, source: tuple[int, int], rows: int) -> Tensor:
+        """Standard normal numbers [rows, *noise_shape], correlated with the source's previous ones."""
+        shape = (rows, *self.actor.noise_shape)
+        fresh = torch.randn(shape, generator=self.generator, device=self.generator.device)
+        last, rho = self._noise.get(source), self.noise_correlation
+        noise = fresh if last is None or rho == 0 else rho * last + math.sqrt(1 - rho**2) * fresh
+        self._noise[source] = noise
+        return noise
+
     def checkpoint(self) -> dict[str, Any]:
-        """State of the generator, for `restore`."""
+        """State of the generator, for `restore`. The noise of the past is forgotten, here as there."""
+        self._noise.clear()
         return {"generator": self.generator.get_state()}
 
     def restore(self, saved: tuple[int, dict[str, Any]]) -> None:
         """Continue from (global step, what `checkpoint` returned then; when empty, noise of that step)."""
         global_step, state = saved
+        self._noise.clear()
         if state:
             self.generator.set_state(state["generator"])
         else:
             self.generator.manual_seed(derive_seed(self.generator.initial_seed(), f"step/{global_step}"))
+
+
+def _rows(obs: Obs) -> int:
+    """N of an observation."""
+    return len(next(leaf for _, leaf in tree.leaves(obs)))

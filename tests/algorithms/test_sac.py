@@ -16,7 +16,7 @@ from rlinf.core.types import Transition
 class Constant:
     """Actor that always plays 0.3 with log-probability −2."""
 
-    def sample(self, obs, generator=None):
+    def sample(self, obs, noise):
         return torch.full((len(obs["state"]), 1), 0.3), torch.full((len(obs["state"]),), -2.0)
 
 
@@ -40,7 +40,9 @@ def make_batch():
 def target_of(**keys):
     _, target_critic = critics(5.0, 3.0, 4.0)
     _, critic = critics(0.0, 0.0, 0.0)
-    loss, stats = sac.critic_loss(critic, Constant(), target_critic, torch.tensor(0.5), make_batch(), **keys)
+    loss, stats = sac.critic_loss(
+        critic, Constant(), target_critic, torch.tensor(0.5), make_batch(), torch.zeros(2, 1), **keys
+    )
     return loss.item(), stats["target_q"].item()
 
 
@@ -61,7 +63,7 @@ def test_critic_target_variants_by_hand():
 def test_target_carries_no_gradient():
     w_target, target_critic = critics(5.0, 3.0)
     w, critic = critics(0.0, 0.0)
-    loss, _ = sac.critic_loss(critic, Constant(), target_critic, torch.tensor(0.5), make_batch())
+    loss, _ = sac.critic_loss(critic, Constant(), target_critic, torch.tensor(0.5), make_batch(), torch.zeros(2, 1))
     grads = torch.autograd.grad(loss, (w, w_target), allow_unused=True)
     assert grads[0] is not None
     assert grads[1] is None
@@ -69,10 +71,10 @@ def test_target_carries_no_gradient():
 
 def test_actor_loss_by_hand():
     _, critic = critics(5.0, 3.0)
-    loss, stats = sac.actor_loss(Constant(), critic, torch.tensor(0.5), make_batch())
+    loss, stats = sac.actor_loss(Constant(), critic, torch.tensor(0.5), make_batch(), torch.zeros(2, 1))
     assert loss.item() == pytest.approx(0.5 * -2 - 3.3)
     assert stats["entropy"].item() == 2.0
-    loss, _ = sac.actor_loss(Constant(), critic, torch.tensor(0.5), make_batch(), agg_q="mean")
+    loss, _ = sac.actor_loss(Constant(), critic, torch.tensor(0.5), make_batch(), torch.zeros(2, 1), agg_q="mean")
     assert loss.item() == pytest.approx(0.5 * -2 - 4.3)
 
 
@@ -98,12 +100,11 @@ def test_fixed_temperature_is_not_learned():
 class LinearActor(nn.Module):
     def __init__(self):
         super().__init__()
-        self.net = nn.Linear(3, 1)
+        self.net, self.noise_shape = nn.Linear(3, 1), (1,)
 
-    def sample(self, obs, generator=None):
+    def sample(self, obs, noise):
         mean = self.net(obs["state"])
-        epsilon = torch.randn(mean.shape, generator=generator)
-        return torch.tanh(mean + epsilon), -0.5 * epsilon.square().sum(-1) - mean.square().sum(-1)
+        return torch.tanh(mean + noise), -0.5 * noise.square().sum(-1) - mean.square().sum(-1)
 
 
 class LinearCritic(nn.Module):
@@ -174,9 +175,8 @@ def test_gradient_norms_belong_to_one_network_each():
     batch = learner._micro_batches(learner.replay.sample(16))[0]
     alpha = learner.temperature().detach()
     state = learner.generator.get_state()
-    loss, _ = sac.critic_loss(
-        learner.critic, learner.actor, learner.target_critic, alpha, batch, generator=learner.generator
-    )
+    noise = torch.randn(16, 1, generator=learner.generator)
+    loss, _ = sac.critic_loss(learner.critic, learner.actor, learner.target_critic, alpha, batch, noise)
     own = torch.autograd.grad(loss, list(learner.critic.parameters()))
     learner.replay.cursor = 0
     learner.generator.set_state(state)
@@ -193,7 +193,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     whole, parts = make_sac(), make_sac(micro_batch_size=4)
 
     class Deterministic(LinearActor):
-        def sample(self, obs, generator=None):
+        def sample(self, obs, noise):
             mean = self.net(obs["state"])
             return torch.tanh(mean), -mean.square().sum(-1)
 

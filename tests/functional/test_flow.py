@@ -23,12 +23,12 @@ def exact_velocity(steps, step_std):
     return velocity
 
 
-def end_std(steps, sigma, corrected, samples=200_000):
+def end_std(steps, sigma, corrected, samples=100_000):
     """Standard deviation of x_K for noise of rate sigma (per-step std sigma / √K)."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(samples, 1, generator=generator)
+    noise = torch.randn(samples, steps + 1, 1, generator=generator)
     velocity = exact_velocity(steps, sigma / math.sqrt(steps))
-    path = sample_path(velocity, noise, steps=steps, drift_correction=corrected, generator=generator)
+    path = sample_path(velocity, noise, drift_correction=corrected)
     return path.end.std().item(), path.end.mean().item()
 
 
@@ -66,9 +66,9 @@ def test_bound_of_the_correction_is_where_the_last_step_stops_contracting():
 
 def test_log_prob_of_one_step_is_the_closed_form():
     """K = 1: log N(x_0; 0, 1) + log N(x_1; x_0 + v, s²)."""
-    noise, epsilon, s = torch.randn(7, 2), torch.randn(1, 7, 2), 0.4
+    noise, epsilon, s = torch.randn(7, 2), torch.randn(7, 2), 0.4
     path = sample_path(
-        lambda x, k: (2 * x + 1, torch.tensor(s)), noise, steps=1, drift_correction=False, step_noise=epsilon
+        lambda x, k: (2 * x + 1, torch.tensor(s)), torch.stack([noise, epsilon], 1), drift_correction=False
     )
     first = Normal(0.0, 1.0).log_prob(noise).sum(-1)
     second = Normal(noise + 2 * noise + 1, s).log_prob(path.end).sum(-1)
@@ -83,7 +83,7 @@ def test_log_prob_is_the_density_of_the_path_that_was_walked():
     def velocity(x, k):
         return torch.sin(x) + k, stds[k]
 
-    path = sample_path(velocity, noise, steps=steps, drift_correction=True, step_noise=epsilon)
+    path = sample_path(velocity, torch.cat([noise[:, None], epsilon.transpose(0, 1)], 1), drift_correction=True)
     x, expected = noise, gaussian_log_prob(noise, torch.zeros(size), torch.ones(size))
     for k in range(steps):
         v = velocity(x, k)[0]
@@ -103,10 +103,8 @@ def test_one_dimensional_path_density_integrates_to_one():
     epsilon = (x1.reshape(-1, 1) - x0.reshape(-1, 1) - drift) / s
     path = sample_path(
         lambda x, k: (torch.tanh(x), torch.tensor(s, dtype=x.dtype)),
-        x0.reshape(-1, 1),
-        steps=1,
+        torch.stack([x0.reshape(-1, 1), epsilon], 1),
         drift_correction=False,
-        step_noise=epsilon[None],
     )
     torch.testing.assert_close(path.end, x1.reshape(-1, 1))
     density = path.log_prob.exp().reshape(x0.shape)
@@ -117,7 +115,7 @@ def test_one_dimensional_path_density_integrates_to_one():
 def test_entropy_gradient_reaches_the_noise_and_only_the_noise():
     std = torch.full((512, 4), 0.3, requires_grad=True)
     shift = torch.zeros(4, requires_grad=True)
-    path = sample_path(lambda x, k: (shift - x, std), torch.randn(512, 4), steps=4, drift_correction=False)
+    path = sample_path(lambda x, k: (shift - x, std), torch.randn(512, 5, 4), drift_correction=False)
     std_grad, shift_grad = torch.autograd.grad(path.log_prob.mean(), (std, shift), materialize_grads=True)
     torch.testing.assert_close(std_grad.sum(0), torch.full((4,), -4 / 0.3))  # d(−K log s)/ds per element
     assert shift_grad.abs().max() == 0
@@ -126,5 +124,5 @@ def test_entropy_gradient_reaches_the_noise_and_only_the_noise():
 def test_noiseless_walk_is_the_mean_of_the_noisy_one():
     noise = torch.randn(6, 3)
     velocity = exact_velocity(4, 0.2)
-    path = sample_path(velocity, noise, steps=4, drift_correction=False, step_noise=torch.zeros(4, 6, 3))
+    path = sample_path(velocity, torch.stack([noise, *torch.zeros(4, 6, 3)], 1), drift_correction=False)
     torch.testing.assert_close(integrate(velocity, noise, steps=4), path.end)

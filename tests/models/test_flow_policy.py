@@ -8,8 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.distributions import Normal
 
-from rlinf.functional.flow import integrate, sample_path
-from rlinf.functional.squash import tanh_log_det
+from rlinf.functional.flow import integrate
 from rlinf.models.embodiment.flow_policy import FlowPolicyConfig, build_flow_policy
 from rlinf.models.modules.running_norm import RunningNorm
 from rlinf.models.modules.transformer import full_layout
@@ -81,8 +80,7 @@ def test_sample_agrees_with_the_full_transformer(noise_std_head):
     obs = {"state": observations()["state"].double()}
     flow = policy.flow_actor
     noise, epsilon = torch.randn(B, A).double(), torch.randn(4, B, A).double()
-    path = sample_path(flow.bind(obs["state"], False), noise, steps=4, drift_correction=False, step_noise=epsilon)
-    ours = torch.tanh(path.end), path.log_prob - tanh_log_det(path.end)
+    ours = policy.sample(obs, torch.cat([noise[:, None], epsilon.transpose(0, 1)], 1))
     expected = reference_flow_t(
         full_layout(flow.state_dict()),
         obs["state"],
@@ -110,7 +108,7 @@ def test_full_layout_checkpoints_load_and_give_the_same_policy():
 def test_every_row_and_every_action_element_has_noise_of_its_own():
     policy = make(noise_std_head=False, noise_std_rollout=0.3)
     obs = {"state": torch.zeros(2_000, S)}
-    action, _ = policy.sample(obs)
+    action, _ = policy.sample(obs, torch.randn(2_000, 5, A))
     x = torch.atanh(action.detach().double())
     correlation = torch.corrcoef(x.T) - torch.eye(A)
     # A noise shared by rows would make all rows equal; one shared by elements would correlate them fully.
@@ -122,13 +120,10 @@ def test_every_row_and_every_action_element_has_noise_of_its_own():
 def test_acting_uses_the_rollout_noise_and_losses_the_training_noise():
     policy = make(noise_std_train=0.5, noise_std_rollout=1e-6)
     obs = {"state": torch.zeros(1, S)}
-    generator = torch.Generator()
-    quiet = [policy.act(obs, "train", generator.manual_seed(0)).decision for _ in range(2)]
-    torch.testing.assert_close(quiet[0], quiet[1])
-    start = torch.randn(1, A, generator=generator.manual_seed(0))
-    noiseless = torch.tanh(integrate(policy.flow_actor.bind(obs["state"], True), start, steps=4))
-    torch.testing.assert_close(quiet[0], noiseless, atol=1e-4, rtol=0)
-    noisy, _ = policy.sample(obs, generator.manual_seed(0))
+    noise = torch.randn(1, 5, A)
+    noiseless = torch.tanh(integrate(policy.flow_actor.bind(obs["state"], True), noise[:, 0], steps=4))
+    torch.testing.assert_close(policy.act(obs, "train", noise).decision, noiseless, atol=1e-4, rtol=0)
+    noisy, _ = policy.sample(obs, noise)
     assert (noisy - noiseless).abs().max() > 1e-2
 
 
@@ -139,10 +134,10 @@ def test_evaluation_is_deterministic():
 
 def test_entropy_gradient_reaches_the_noise_head():
     policy = make(noise_std_head=True)
-    _, log_prob = policy.sample(observations())
+    _, log_prob = policy.sample(observations(), torch.randn(B, *policy.noise_shape))
     grad = torch.autograd.grad(log_prob.mean(), policy.flow_actor.step_noise.head.bias)[0]
     assert grad.abs().max() > 0
-    q_like, _ = policy.sample(observations())
+    q_like, _ = policy.sample(observations(), torch.randn(B, *policy.noise_shape))
     for p in policy.parameters():
         assert torch.autograd.grad(q_like.sum(), p, retain_graph=True, allow_unused=True)[0] is not None
 
@@ -166,11 +161,11 @@ def test_every_kind_samples_acts_and_chunks(kind, use_batch_norm):
         backbone_dims=(8,),
     )
     policy = build_flow_policy(config, obs_dim=S, action_dim=A, normalizer=RunningNorm(S))
-    action, log_prob = policy.sample(observations())
+    action, log_prob = policy.sample(observations(), torch.randn(B, *policy.noise_shape))
     assert action.shape == (B, 2 * A)
     assert log_prob.shape == (B,)
     assert action.abs().max() <= 1
-    out = policy.act(observations(), "train")
+    out = policy.act(observations(), "train", torch.randn(B, *policy.noise_shape))
     assert out.action.shape == (B, 2, A)
     torch.testing.assert_close(out.action.flatten(1), out.decision)
 

@@ -107,8 +107,8 @@ def test_an_episode_longer_than_the_evaluation_is_an_error():
 
 
 class NaNActor(CountingActor):
-    def act(self, obs, mode, generator=None):
-        out = super().act(obs, mode, generator)
+    def act(self, obs, mode, noise=None):
+        out = super().act(obs, mode, noise)
         return replace(out, action=torch.where(obs["state"][:, None, 1:] >= 2, torch.nan, out.action))
 
 
@@ -141,8 +141,8 @@ def test_nan_is_caught_where_it_appears(env, actor, message):
 
 def test_a_policy_with_another_chunk_length_is_named():
     class Short(CountingActor):
-        def act(self, obs, mode, generator=None):
-            out = super().act(obs, mode, generator)
+        def act(self, obs, mode, noise=None):
+            out = super().act(obs, mode, noise)
             return replace(out, action=out.action[:, :1])
 
     with pytest.raises(ShapeError, match=r"actions \(2, 1, 2\), but env worker 0 needs \[N=2, H=2, A\]"):

@@ -141,6 +141,7 @@ class FlowPolicy(nn.Module):
         super().__init__()
         self.flow_actor, self.normalizer, self.backbone = flow_actor, normalizer, backbone
         self.num_action_chunks, self.drift_correction = num_action_chunks, drift_correction
+        self.noise_shape = (flow_actor.steps + 1, flow_actor.action_dim)
 
     def _bind(self, obs: Obs, rollout: bool) -> tuple[Velocity, Tensor]:
         features = obs["state"]
@@ -150,26 +151,23 @@ class FlowPolicy(nn.Module):
             features = self.backbone(features)
         return self.flow_actor.bind(features, rollout), features
 
-    def sample(
-        self, obs: Obs, generator: torch.Generator | None = None, *, rollout: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Actions [B, H·A] in (−1, 1) and path log densities [B]; with the training noise unless `rollout`."""
-        velocity, features = self._bind(obs, rollout)
-        noise = torch.randn((len(features), self.flow_actor.action_dim), generator=generator, device=features.device)
-        path = sample_path(
-            velocity,
-            noise,
-            steps=self.flow_actor.steps,
-            drift_correction=self.drift_correction,
-            generator=generator,
-        )
+    def sample(self, obs: Obs, noise: Tensor, *, rollout: bool = False) -> tuple[Tensor, Tensor]:
+        """Actions [B, H·A] in (−1, 1) and path log densities [B]; with the training noise unless `rollout`.
+
+        `noise` [B, K + 1, H·A] is x_0 and the ε of every step.
+        """
+        velocity, _ = self._bind(obs, rollout)
+        path = sample_path(velocity, noise, drift_correction=self.drift_correction)
         return torch.tanh(path.end), path.log_prob - tanh_log_det(path.end)
 
     @torch.no_grad()
-    def act(self, obs: Obs, mode: Mode, generator: torch.Generator | None = None) -> ActionOut:
+    def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:
         """`train`: a noisy walk with the rollout noise. `eval`: the noiseless walk from x_0 = 0, the prior's mode."""
+        log_prob: Tensor | None
         if mode == "train":
-            decision, log_prob = self.sample(obs, generator, rollout=True)
+            if noise is None:
+                raise ValueError(f"mode='train' explores: give noise [N, {self.noise_shape}]")
+            decision, log_prob = self.sample(obs, noise, rollout=True)
         else:
             velocity, features = self._bind(obs, rollout=True)
             start = features.new_zeros(len(features), self.flow_actor.action_dim)

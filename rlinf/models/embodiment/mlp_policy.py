@@ -70,7 +70,7 @@ class MlpPolicy(nn.Module):
         super().__init__()
         self.action_dim, self.num_action_chunks = action_dim, num_action_chunks
         self.log_std_min, self.log_std_max = log_std_min, log_std_max
-        self.normalizer = normalizer
+        self.normalizer, self.noise_shape = normalizer, (action_dim,)
         self.net = mlp(obs_dim, hidden_dims, 2 * action_dim, activation=activation)
 
     def _gaussian(self, obs: Obs) -> tuple[Tensor, Tensor]:
@@ -79,18 +79,20 @@ class MlpPolicy(nn.Module):
         log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw) + 1)
         return mean, log_std.exp()
 
-    def sample(self, obs: Obs, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Actions [B, H·A] in (−1, 1) and their log densities [B]."""
+    def sample(self, obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions [B, H·A] in (−1, 1) and their log densities [B]; noise ε [B, H·A]."""
         mean, std = self._gaussian(obs)
-        epsilon = torch.randn(mean.shape, generator=generator, device=mean.device)
-        x = mean + std * epsilon
+        x = mean + std * noise
         return torch.tanh(x), gaussian_log_prob(x, mean, std) - tanh_log_det(x)
 
     @torch.no_grad()
-    def act(self, obs: Obs, mode: Mode, generator: torch.Generator | None = None) -> ActionOut:
+    def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:
         """`train`: a sample. `eval`: tanh of the mean."""
+        log_prob: Tensor | None
         if mode == "train":
-            decision, log_prob = self.sample(obs, generator)
+            if noise is None:
+                raise ValueError(f"mode='train' explores: give noise [N, {self.noise_shape}]")
+            decision, log_prob = self.sample(obs, noise)
         else:
             decision, log_prob = torch.tanh(self._gaussian(obs)[0]), None
         action = decision.unflatten(-1, (self.num_action_chunks, -1))

@@ -1,0 +1,113 @@
+"""Collects the steps of one source into time-major segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlinf.core import tree
+from rlinf.core.types import ActionOut, EnvStep, Obs, Trajectory
+
+
+class TrajectoryBuilder:
+    """Builds the trajectories of one source, segment after segment.
+
+    Keeps references while a segment runs and stacks once in `build`, so a step costs nothing here; it relies on
+    records being frozen (see `core.types`).
+
+    Args:
+        source: who plays, (env worker rank, pipeline stage).
+        auto_reset: whether the environment begins a new episode in the very step that ends one. Without it,
+            everything after the end of an episode is marked invalid until a segment starts that does not
+            continue.
+    """
+
+    def __init__(self, source: tuple[int, int], auto_reset: bool) -> None:
+        self.source = source
+        self.auto_reset = auto_reset
+        self._continues = False
+        self._finished: Tensor | None = None  # bool [N]; only without automatic reset
+        self._clear()
+
+    def _clear(self) -> None:
+        self._obs: list[Obs] = []
+        self._outs: list[ActionOut] = []
+        self._steps: list[EnvStep] = []
+
+    def start(self, obs: Obs, *, continues: bool) -> None:
+        """Begin a segment at `obs`. `continues`: it is what the previous segment ended with."""
+        self._clear()
+        self._obs.append(obs)
+        self._continues = continues
+        if not continues:
+            self._finished = None
+
+    def append(self, obs: Obs, out: ActionOut, step: EnvStep) -> None:
+        """Record that `out` answered `obs` and led to `step`.
+
+        Raises ValueError when `obs` is not the very object that `start` or the last step gave: then somebody
+        answered another observation.
+        """
+        if not self._obs or obs is not self._obs[-1]:
+            raise ValueError(
+                f"source {self.source}: the observation acted on at step {len(self._steps)} of the segment is "
+                "not the one that the environment gave last."
+            )
+        self._obs.append(step.obs)
+        self._outs.append(out)
+        self._steps.append(step)
+
+    def build(self) -> Trajectory:
+        """The segment so far; `start` begins the next one. Raises ValueError when it has no step."""
+        steps, outs = self._steps, self._outs
+        if not steps:
+            raise ValueError(f"source {self.source}: a trajectory needs at least one step.")
+        terminated = torch.stack([step.terminated for step in steps])
+        truncated = torch.stack([step.truncated for step in steps])
+        done = terminated.any(-1) | truncated
+        valid = torch.ones_like(done) if self.auto_reset else self._unfinished(done)
+        last_obs, last_index = self._last(done & valid)
+        trajectory = Trajectory(
+            obs=tree.stack(self._obs),
+            last_obs=last_obs,
+            last_index=last_index,
+            decision=torch.stack([out.decision for out in outs]),
+            action=torch.stack([step.executed for step in steps]),
+            reward=torch.stack([step.reward for step in steps]),
+            terminated=terminated,
+            truncated=truncated,
+            intervened=torch.stack([step.intervened for step in steps]),
+            valid=valid,
+            log_prob=_stack_optional([out.log_prob for out in outs]),
+            value=_stack_optional([out.value for out in outs]),
+            version=min(out.version for out in outs),
+            source=self.source,
+            continues=self._continues,
+        )
+        self._clear()
+        return trajectory
+
+    def _unfinished(self, done: Tensor) -> Tensor:
+        """bool [T, N], whether the first episode was still running before each step; remembers how it ends."""
+        before = torch.zeros_like(done[0]) if self._finished is None else self._finished
+        finished = torch.cat([before[None], done]).cummax(0).values  # a logical "or" over time
+        self._finished = finished[-1]
+        return ~finished[:-1]
+
+    def _last(self, ended: Tensor) -> tuple[Obs, Tensor]:
+        """True last observations of the episodes that ended, and their (t, n), in time-major order."""
+        index = ended.nonzero()
+        if not len(index):
+            return tree.index(self._steps[0].last_obs, slice(0, 0)), index
+        moments, counts = index[:, 0].unique_consecutive(return_counts=True)
+        envs = index[:, 1].split(counts.tolist())
+        return tree.cat(
+            [tree.index(self._steps[t].last_obs, n) for t, n in zip(moments.tolist(), envs, strict=True)]
+        ), index
+
+
+def _stack_optional(values: list[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    if present and len(present) < len(values):
+        raise ValueError(f"the policy gave a log_prob or value at {len(present)} of {len(values)} steps only.")
+    return torch.stack(present) if present else None
