@@ -1,0 +1,106 @@
+"""The installer's decisions that need neither a network nor a new environment."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def bash(*words: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+
+def installer(*arguments: str) -> subprocess.CompletedProcess:
+    return bash("requirements/install.sh", *arguments)
+
+
+def call(script: str, code: str) -> str:
+    """Output of shell code that sees the functions of a script."""
+    done = bash("-c", f"source requirements/{script}; {code}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embodied", "--env", "maniskil"], "unknown --env 'maniskil'; did you mean maniskill?"),
+        (["embodied", "--model", "flowpolicy"], "unknown --model 'flowpolicy'; did you mean flow_policy?"),
+        (["embodied", "--use-miror"], "unknown argument '--use-miror'; did you mean --use-mirror?"),
+        (["embodied", "--env"], "--env needs a value"),
+        ([], "the first argument is the kind of installation"),
+    ],
+)
+def test_wrong_arguments_are_named_and_nothing_is_made(arguments, message, tmp_path):
+    done = installer(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_every_name_of_the_seed_recipes_is_accepted():
+    code = "choose_env frankasim; choose_env maniskill_libero; choose_model openvla; choose_model openpi"
+    report = call("install.sh", f"{code}; printf '%s\\n' \"${{COULD_NOT[@]}}\"")
+    assert "--env frankasim: not in this version" in report
+    assert "--model openpi: not in this version" in report
+    assert (
+        call("install.sh", 'choose_env maniskill; echo "${EXTRAS[@]} $NEEDS_VULKAN ${#COULD_NOT[@]}"')
+        == "maniskill yes 0"
+    )
+
+
+def test_mirror_comes_from_the_environment_and_its_absence_is_reported():
+    chosen = "USE_MIRROR=yes RLINF_PIP_MIRROR=file:///mirror; choose_mirror; echo $PIP_INDEX_URL"
+    assert call("install.sh", chosen) == "file:///mirror"
+    absent = 'unset RLINF_PIP_MIRROR PIP_INDEX_URL; USE_MIRROR=yes; choose_mirror; echo "${COULD_NOT[0]}"'
+    assert "neither RLINF_PIP_MIRROR nor PIP_INDEX_URL" in call("install.sh", absent)
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = installer("embodied", "--venv", str(tmp_path))
+    assert done.returncode == 1
+    assert "is no virtual environment" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def derived(tmp_path: Path, files: dict[str, str]) -> dict[str, str]:
+    """Contents of the sources that are derived for bookworm-backports from an apt directory."""
+    for relative, content in files.items():
+        file = tmp_path / "apt" / relative
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    call("software_vulkan.sh", f"derived_sources {tmp_path}/apt bookworm bookworm-backports {tmp_path}/out")
+    return {p.suffix: p.read_text() for p in tmp_path.glob("out.*") if p.read_text()}
+
+
+def test_backports_are_derived_from_deb822_sources(tmp_path):
+    main = "Types: deb deb-src\nURIs: file:///mirror\nSuites: bookworm bookworm-updates\nComponents: main\n"
+    other = "Types: deb\nURIs: file:///security\nSuites: bookworm-security\nComponents: main\n"
+    off = main.replace("mirror", "off") + "Enabled: no\n"
+    sources_only = main.replace("deb deb-src", "deb-src").replace("mirror", "sources")
+    text = "\n".join(["# a remark\n" + main, other, off, sources_only])
+    expected = "Types: deb deb-src\nURIs: file:///mirror\nSuites: bookworm-backports\nComponents: main\n\n"
+    assert derived(tmp_path, {"sources.list.d/debian.sources": text}) == {".sources": expected}
+
+
+def test_backports_are_derived_when_the_suites_stand_on_lines_of_their_own(tmp_path):
+    text = "Types: deb\nURIs: file:///mirror\nSuites:\n bookworm\n bookworm-updates\nComponents: main\n"
+    expected = "Types: deb\nURIs: file:///mirror\nSuites: bookworm-backports\nComponents: main\n\n"
+    assert derived(tmp_path, {"sources.list.d/debian.sources": text}) == {".sources": expected}
+
+
+def test_backports_are_derived_from_one_line_sources(tmp_path):
+    text = (
+        "# deb file:///remark bookworm main\n"
+        "deb [ arch=amd64 signed-by=/k.gpg ] file:///mirror bookworm main contrib\n"
+        "deb file:///plain bookworm main\n"
+        "deb-src file:///mirror bookworm main\n"
+        "deb file:///mirror bookworm-updates main\n"
+    )
+    expected = (
+        "deb [ arch=amd64 signed-by=/k.gpg ] file:///mirror bookworm-backports main contrib\n"
+        "deb file:///plain bookworm-backports main\n"
+    )
+    assert derived(tmp_path, {"sources.list": text}) == {".list": expected}
