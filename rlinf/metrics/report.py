@@ -74,6 +74,7 @@ class Reporter:
         config: Mapping[str, Any],
         total_steps: int,
         resume_step: int = 0,
+        video_dir: str | Path | None = None,
     ) -> None:
         """Open everything; `run_dir` must exist.
 
@@ -82,10 +83,12 @@ class Reporter:
             config: resolved configuration, for the services that show it.
             total_steps: global steps of the whole run, those before `resume_step` included.
             resume_step: the global step of the checkpoint from which the run goes on; 0 for a fresh run.
+            video_dir: folder of the videos; None for videos/ in `run_dir`.
 
         Raises: MissingDependency, ConfigError as `open_loggers`; OSError where `run_dir` cannot be written.
         """
         self.run_dir = Path(run_dir)
+        self._video_dir = Path(video_dir) if video_dir is not None else self.run_dir / "videos"
         self._lock = threading.RLock()
         self._told: set[str] = set()
         self._closed = False
@@ -122,10 +125,10 @@ class Reporter:
             self._guard("terminal", partial(self._view.note, text))
 
     def video(self, name: str, frames: np.ndarray, fps: float) -> None:
-        """Write `<run_dir>/videos/<name>.mp4` from uint8 [T, height, width, 3]."""
+        """Write `<video_dir>/<name>.mp4` from uint8 [T, height, width, 3]."""
         from rlinf.metrics.video import write_video
 
-        path = self.run_dir / "videos" / f"{name}.mp4"
+        path = self._video_dir / f"{name}.mp4"
         self._guard("video", partial(write_video, path, frames, fps))
 
     def elapsed_s(self) -> float:

@@ -129,6 +129,8 @@ class FlowPolicy(nn.Module):
         backbone: map from state to the features that `flow_actor` takes; None for the state itself.
     """
 
+    noise_shape: tuple[int, ...]
+
     def __init__(
         self,
         flow_actor: FlowTransformer | FlowGate,

@@ -55,6 +55,8 @@ class MlpPolicy(nn.Module):
         num_action_chunks: H.
     """
 
+    noise_shape: tuple[int, ...]
+
     def __init__(
         self,
         obs_dim: int,

@@ -1,0 +1,166 @@
+"""Other spellings of our keys, and keys of other set-ups that mean nothing here.
+
+An alias is accepted in YAML and on the command line and becomes our key before validation. A retired key is an error
+that says what to write instead: a key that is read by nobody is worse than a key that is refused.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`old` is accepted for `new`; `convert(value, whole tree)` changes units where they differ."""
+
+    old: str
+    new: str
+    convert: Callable[[Any, Tree], Any] | None = None
+
+
+def get(tree: Tree, path: str, default: Any = None) -> Any:
+    """The value at a dotted path, or `default`."""
+    node: Any = tree
+    for key in path.split("."):
+        if not isinstance(node, dict) or key not in node:
+            return default
+        node = node[key]
+    return node
+
+
+def put(tree: Tree, path: str, value: Any) -> None:
+    """Set a dotted path; parents that are not there are made."""
+    *parents, leaf = path.split(".")
+    for key in parents:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[leaf] = value
+
+
+def drop(tree: Tree, path: str) -> None:
+    """Remove a dotted path that exists."""
+    parent, _, leaf = path.rpartition(".")
+    del (get(tree, parent) if parent else tree)[leaf]
+
+
+def _trajectories_to_transitions(count: Any, tree: Tree) -> Any:
+    """Upstream counts its cache in trajectories of (environments x decisions per segment) transitions."""
+    envs = get(tree, "env.train.total_num_envs", 1)
+    steps = get(tree, "env.train.max_steps_per_rollout_epoch", 1)
+    chunk = get(tree, "actor.model.num_action_chunks", 1)
+    if all(isinstance(number, int) for number in (count, envs, steps, chunk)) and chunk > 0:
+        return count * envs * max(steps // chunk, 1)
+    return count
+
+
+def _alpha_type(value: Any, tree: Tree) -> Any:
+    """`fixed_alpha` is called `fixed` here."""
+    return "fixed" if value == "fixed_alpha" else value
+
+
+ALIASES: tuple[Alias, ...] = (
+    Alias("algorithm.adv_type", "algorithm.loss_type"),
+    Alias("algorithm.entropy_tuning.alpha_type", "algorithm.entropy_tuning.alpha_type", _alpha_type),
+    Alias("algorithm.replay_buffer.cache_size", "algorithm.replay_buffer.capacity", _trajectories_to_transitions),
+    Alias(
+        "algorithm.replay_buffer.sample_window_size", "algorithm.replay_buffer.capacity", _trajectories_to_transitions
+    ),
+    *(
+        Alias(f"{section}.adam_eps", f"{section}.eps")
+        for section in ("actor.optim", "actor.critic_optim", "algorithm.entropy_tuning.optim")
+    ),
+    Alias("algorithm.replay_buffer.auto_save_path", "algorithm.replay_buffer.storage_dir"),
+)
+
+_ONE_PROCESS = "this run lives in one process and moves nothing between devices; remove the key"
+_NOT_IN_SAC = "SAC has no such term; remove the key"
+_FROM_ALGORITHM = "the heads follow from algorithm.loss_type; remove the key"
+
+RETIRED: Mapping[str, str] = {
+    "runner.weight_sync_interval": "weights are published at every global step; remove the key",
+    "runner.seq_length": "belongs to language models; remove the key",
+    "runner.max_prompt_length": "belongs to language models; remove the key",
+    "runner.per_worker_log": "there is one log per run; remove the key",
+    "algorithm.num_updates_per_step": "write algorithm.update_epoch, the gradient updates per global step",
+    "algorithm.target_entropy": "write algorithm.entropy_tuning.target_entropy",
+    "algorithm.normalize_advantages": _NOT_IN_SAC,
+    "algorithm.kl_penalty": _NOT_IN_SAC,
+    "algorithm.kl_beta": _NOT_IN_SAC,
+    "algorithm.group_size": _NOT_IN_SAC,
+    "algorithm.reward_type": _NOT_IN_SAC,
+    "algorithm.logprob_type": _NOT_IN_SAC,
+    "algorithm.entropy_type": _NOT_IN_SAC,
+    "algorithm.loss_agg_func": _NOT_IN_SAC,
+    "algorithm.enable_drq": "image augmentation belongs to image policies; remove the key",
+    "actor.enable_drq": "image augmentation belongs to image policies; remove the key",
+    "algorithm.replay_buffer.enable_cache": "the buffer is always in memory, or under storage_dir; remove the key",
+    "algorithm.replay_buffer.auto_save": "checkpoints hold the buffer; write storage_dir to have it on disk",
+    "env.*.enable_offload": _ONE_PROCESS,
+    "env.*.use_full_state": "the state is always complete; remove the key",
+    "rollout.backend": _ONE_PROCESS,
+    "rollout.generation_backend": "the policy itself acts; remove the key",
+    "rollout.enable_offload": _ONE_PROCESS,
+    "rollout.collect_transitions": "transitions are always recorded; remove the key",
+    "rollout.collect_prev_infos": "what the algorithm needs is recorded; remove the key",
+    "actor.training_backend": _ONE_PROCESS,
+    "actor.fsdp_config": _ONE_PROCESS,
+    "actor.enable_offload": _ONE_PROCESS,
+    "actor.sync_weight_no_wait": _ONE_PROCESS,
+    "actor.*optim.adam_beta1": "write betas: [0.9, 0.999] in the same section",
+    "actor.*optim.adam_beta2": "write betas: [0.9, 0.999] in the same section",
+    "actor.model.hidden_dim": "write hidden_dims (mlp_policy) or d_model (flow_policy)",
+    "actor.model.add_q_head": _FROM_ALGORITHM,
+    "actor.model.add_value_head": _FROM_ALGORITHM,
+    "actor.model.is_lora": "LoRA is for large models; remove the key",
+    "weight_syncer": _ONE_PROCESS,
+    "reward": "rewards come from the environment; write env.train.reward_mode",
+    "critic": "the critic is written under actor (critic_optim, model.num_q_heads)",
+    "hydra": "Hydra only composes here: nothing is run or logged by it; remove the key",
+}
+"""Pattern of a dotted path → what to write instead."""
+
+
+def remedy_for(path: str) -> str | None:
+    """What to write instead of a retired key (or of any key below it), or None for other keys."""
+    for pattern, remedy in RETIRED.items():
+        if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern + ".*"):
+            return remedy
+    return None
+
+
+def apply_aliases(tree: Tree, typed: Collection[str] = ()) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Rename aliases inside `tree`.
+
+    Args:
+        typed: paths from the command line; where an alias and our key are both there, a typed one wins.
+
+    Returns:
+        our path → the spelling that the user wrote, and conflicts as (path, message).
+    """
+    spelt: dict[str, str] = {}
+    conflicts: list[tuple[str, str]] = []
+    missing = object()
+    for alias in ALIASES:
+        value = get(tree, alias.old, missing)
+        if value is missing:
+            continue
+        if alias.convert is not None:
+            value = alias.convert(value, tree)
+        if alias.old == alias.new:
+            put(tree, alias.new, value)
+            continue
+        present = get(tree, alias.new, missing)
+        drop(tree, alias.old)
+        if present is missing or (alias.old in typed and alias.new not in typed):
+            put(tree, alias.new, value)
+            spelt[alias.new] = alias.old
+        elif present != value:
+            also = spelt.get(alias.new, alias.new)
+            conflicts.append((alias.old, f"says {value!r}, but {also} says {present!r}; keep one of them"))
+    return spelt, conflicts

@@ -1,0 +1,418 @@
+"""A configuration → environments, networks, algorithm, groups and a run.
+
+The only place that knows both configurations and classes: everything below gets values.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlinf.algorithms.optimize import OptimizerSettings
+from rlinf.algorithms.sac import SAC
+from rlinf.algorithms.temperature import Temperature
+from rlinf.core.errors import CheckpointError, ConfigError, DataError, MissingDependency
+from rlinf.core.protocols import VectorEnv
+from rlinf.core.seeding import derive_seed, numpy_generator, torch_generator
+from rlinf.core.types import EnvSpaces
+from rlinf.data.demos import check_demos, read_demos
+from rlinf.data.mix import MixedReplay
+from rlinf.data.replay import ReplayBuffer
+from rlinf.envs.config import EnvConfig
+from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
+from rlinf.functional.returns import fold_chunk
+from rlinf.launch.config import DemoBufferConfig, OptimConfig, Root
+from rlinf.launch.film import CaptionedEnv
+from rlinf.launch.registry import ENVS, lookup
+from rlinf.models.embodiment.flow_policy import FlowPolicy, FlowPolicyConfig, build_flow_policy
+from rlinf.models.embodiment.mlp_policy import MlpPolicy, build_mlp_policy
+from rlinf.models.embodiment.state_critic import StateCritic
+from rlinf.models.modules.running_norm import RunningNorm
+from rlinf.runners.crew import Crew
+from rlinf.runners.evaluate import Evaluator
+from rlinf.runtime.local import STOP_TIMEOUT_S, Channel, Flag, Group, Weights
+from rlinf.workers.env_worker import EnvWorker
+from rlinf.workers.learner_worker import LearnerWorker
+from rlinf.workers.rollout_worker import RolloutWorker
+
+Policy = FlowPolicy | MlpPolicy
+
+# ---- the machine
+
+
+def device_of(config: Root) -> torch.device:
+    """Where networks live. Raises MissingDependency when the GPU profile finds no CUDA device."""
+    if config.profile == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MissingDependency(
+            "profile=gpu, but torch sees no CUDA device; write profile=cpu, or look at `python -m rlinf doctor`"
+        )
+    return torch.device("cuda")
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_simulator_processes(env: EnvConfig, num_envs: int) -> int:
+    """`num_workers` with auto resolved: the most that share `num_envs` evenly, at most one per core."""
+    if env.num_workers != "auto":
+        return env.num_workers
+    return max(count for count in range(1, min(num_cores(), num_envs) + 1) if num_envs % count == 0)
+
+
+def simulates_on_cpu(env: EnvConfig) -> bool:
+    """Whether stepping keeps CPU cores busy."""
+    if not isinstance(env, ManiSkillConfig):
+        return False
+    backend = env.init_params.sim_backend
+    return backend == "cpu" or (backend == "auto" and not torch.cuda.is_available())
+
+
+def num_learner_threads(config: Root) -> int:
+    """`actor.num_threads` with auto resolved."""
+    if config.actor.num_threads != "auto":
+        return config.actor.num_threads
+    train = config.env.train
+    if not (config.runner.overlap and simulates_on_cpu(train)):
+        return num_cores()
+    stages = config.rollout.pipeline_stage_num
+    return max(1, num_cores() - num_simulator_processes(train, train.total_num_envs // stages))
+
+
+# ---- environments
+
+
+def make_env(env: EnvConfig, *, num_envs: int, seed: int, policy_setup: str | None, render: bool) -> VectorEnv:
+    """The environments of one worker and stage. Imports the simulator."""
+    make = lookup("environment", env.env_type, ENVS)
+    return make(
+        env,
+        num_envs=num_envs,
+        seed=seed,
+        control_mode=control_mode_of(env, policy_setup),
+        num_workers=num_simulator_processes(env, num_envs),
+        render=render,
+    )
+
+
+def control_mode_of(env: EnvConfig, policy_setup: str | None) -> str | None:
+    """The simulator's name for what an action means; None where it has only one."""
+    return control_mode(env.init_params, policy_setup) if isinstance(env, ManiSkillConfig) else None
+
+
+def check_spaces(config: Root, spaces: EnvSpaces) -> tuple[int, int]:
+    """(state size, action size) of the environment. Raises ConfigError where the model expects others."""
+    model = config.actor.model
+    found = {"obs_dim": spaces.obs_shapes["state"][0], "action_dim": spaces.action_dim}
+    for key, size in found.items():
+        expected = getattr(model, key)
+        if expected is not None and expected != size:
+            raise ConfigError(
+                f"actor.model.{key} is {expected}, but the environment has {size}; write {size} or remove the key"
+            )
+    return found["obs_dim"], found["action_dim"]
+
+
+# ---- networks and algorithm
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Everything with weights. The normaliser is shared by the other two, or None."""
+
+    actor: Policy
+    critic: StateCritic
+    normalizer: RunningNorm | None
+
+
+def build_networks(config: Root, spaces: EnvSpaces) -> Networks:
+    """Fresh networks on the CPU; their weights are a function of runner.seed and actor.seed."""
+    model = config.actor.model
+    obs_dim, action_dim = check_spaces(config, spaces)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(learner_seed(config, "networks"))
+        normalizer = RunningNorm(obs_dim) if model.normalize_obs else None
+        actor: Policy
+        if isinstance(model, FlowPolicyConfig):
+            actor = build_flow_policy(model, obs_dim=obs_dim, action_dim=action_dim, normalizer=normalizer)
+        else:
+            actor = build_mlp_policy(model, obs_dim=obs_dim, action_dim=action_dim, normalizer=normalizer)
+        critic = StateCritic(
+            obs_dim,
+            action_dim * model.num_action_chunks,
+            hidden_dims=model.q_hidden_dims,
+            num_heads=model.num_q_heads,
+            activation=model.q_activation,
+            layer_norm=model.q_layer_norm,
+            normalizer=normalizer,
+        )
+    return Networks(actor, critic, normalizer)
+
+
+def load_weights_into(actor: Policy, state: dict[str, Tensor], source: str) -> None:
+    """Load a policy's weights. Raises CheckpointError when they are those of another network."""
+    try:
+        actor.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise CheckpointError(
+            f"the weights in {source} do not fit actor.model: {' '.join(lines[1:3])}; use the model of the run "
+            "that made them"
+        ) from error
+
+
+def learner_seed(config: Root, stream: str) -> int:
+    """Seed of one of the learner's streams."""
+    return derive_seed(config.runner.seed, f"actor/{config.actor.seed}/{stream}")
+
+
+def build_algorithm(config: Root, networks: Networks, device: torch.device, demos: ReplayBuffer | None = None) -> SAC:
+    """Soft actor-critic on `device` with an empty replay buffer; `demos` are mixed into its batches."""
+    algorithm, actor = config.algorithm, config.actor
+    entropy, replay_config = algorithm.entropy_tuning, algorithm.replay_buffer
+    for network in (networks.actor, networks.critic):
+        network.to(device)
+    replay = ReplayBuffer(
+        replay_config.capacity,
+        generator=numpy_generator(learner_seed(config, "replay"), "draws"),
+        storage_dir=replay_config.storage_dir,
+    )
+    sampler = None
+    if demos is not None and algorithm.demo_buffer is not None:
+        sampler = MixedReplay(replay, demos, prior_fraction=algorithm.demo_buffer.fraction)
+    critic_updates = config.runner.total_steps * algorithm.update_epoch
+    actor_updates = max(1, critic_updates // algorithm.critic_actor_ratio)
+    target_entropy = entropy.target_entropy
+    if target_entropy == "auto":
+        target_entropy = networks.actor.default_target_entropy()
+    return SAC(
+        networks.actor,
+        networks.critic,
+        networks.critic.make_target(),
+        Temperature(entropy.alpha_type, entropy.initial_alpha).to(device),
+        replay,
+        sampler=sampler,
+        demo_buffer=demos,
+        normalizer=networks.normalizer,
+        gamma=algorithm.gamma,
+        tau=algorithm.tau,
+        target_entropy=target_entropy,
+        batch_size=actor.global_batch_size,
+        micro_batch_size=actor.micro_batch_size,
+        min_buffer_size=replay_config.min_buffer_size,
+        actor_optim=optimizer_settings(actor.optim, actor_updates),
+        critic_optim=optimizer_settings(actor.critic_optim, critic_updates),
+        alpha_optim=optimizer_settings(entropy.optim, actor_updates),
+        critic_actor_ratio=algorithm.critic_actor_ratio,
+        actor_delay=algorithm.train_actor_steps,
+        target_update_freq=algorithm.target_update_freq,
+        agg_q=algorithm.agg_q,
+        actor_agg_q=algorithm.actor_agg_q,
+        critic_subsample_size=algorithm.critic_subsample_size or 0,
+        subsample_with_replacement=algorithm.subsample_with_replacement,
+        backup_entropy=algorithm.backup_entropy,
+        bootstrap=algorithm.bootstrap_type,
+        autocast=actor.precision == "bf16",
+        compile=actor.compile_model,
+        device=device,
+        generator=torch_generator(learner_seed(config, "losses"), "noise", device),
+    )
+
+
+def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces) -> ReplayBuffer:
+    """A buffer with the demonstrations of `demo.load_path`, folded like experience.
+
+    Raises DataError when they are missing, corrupt or of another environment.
+    """
+    trajectories, meta = read_demos(demo.load_path)
+    check_demos(meta, spaces, control_mode_of(config.env.train, config.actor.model.policy_setup))
+    chunk = config.actor.model.num_action_chunks
+    needed = 0
+    for trajectory in trajectories:
+        if trajectory.reward.shape[-1] != chunk:
+            raise DataError(
+                f"the demonstrations in {demo.load_path} have {trajectory.reward.shape[-1]} actions per decision and "
+                f"actor.model.num_action_chunks is {chunk}; record them anew or change the key"
+            )
+        needed += (trajectory.num_steps + 1) * trajectory.num_envs + len(trajectory.last_index)
+    buffer = ReplayBuffer(
+        demo.capacity or needed,
+        generator=numpy_generator(learner_seed(config, "demos"), "draws"),
+        config_key="algorithm.demo_buffer",
+    )
+    for trajectory in trajectories:
+        reward, discount = fold_chunk(
+            trajectory.reward, trajectory.terminated, config.algorithm.gamma, config.algorithm.bootstrap_type
+        )
+        buffer.add(trajectory, reward, discount)
+    return buffer
+
+
+def optimizer_settings(optim: OptimConfig, updates: int) -> OptimizerSettings:
+    """The optimizer of a network that is updated `updates` times in the run."""
+    return OptimizerSettings(
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        lr_scheduler=optim.lr_scheduler,
+        lr_warmup_steps=optim.lr_warmup_steps,
+        total_training_steps=optim.total_training_steps or updates,
+        min_lr=optim.min_lr,
+    )
+
+
+# ---- groups
+
+
+def build_crew(config: Root, device: torch.device) -> tuple[Crew, Networks, Weights]:
+    """Everyone who takes part in training, the learner's networks, and where it publishes their weights."""
+    stop, weights = Flag(), Weights()
+    obs, actions, experience = Channel("obs"), Channel("actions"), Channel("experience")
+    channels = (obs, actions, experience)
+    train, stages = config.env.train, config.rollout.pipeline_stage_num
+    chunk = config.actor.model.num_action_chunks
+
+    def env_worker() -> EnvWorker:
+        seed = derive_seed(config.runner.seed, f"env/{train.seed}")
+        envs = _make_stages(config, train, seed, stages, render=False)
+        return EnvWorker(
+            0,
+            envs,
+            obs,
+            actions,
+            experience,
+            stop,
+            num_action_chunks=chunk,
+            seed=seed,
+            auto_reset=train.auto_reset,
+        )
+
+    env = Group(config.env.group_name, [env_worker], channels=channels, stop=stop)
+    try:
+        spaces = env.run(_spaces).wait()[0]
+        networks = build_networks(config, spaces)
+        demo = config.algorithm.demo_buffer
+        demos = build_demo_buffer(config, demo, spaces) if demo is not None else None
+        acting = copy.deepcopy(networks.actor)
+        algorithm = build_algorithm(config, networks, device, demos)
+
+        def rollout_worker() -> RolloutWorker:
+            return RolloutWorker(
+                acting.to(device),
+                obs,
+                actions,
+                weights,
+                sources=[(0, stage) for stage in range(stages)],
+                generator=torch_generator(config.runner.seed, "policy/0", device),
+                noise_correlation=config.rollout.noise_correlation,
+                device=device,
+            )
+
+        def learner_worker() -> LearnerWorker:
+            return LearnerWorker(algorithm, experience, weights, stop, num_threads=num_learner_threads(config))
+
+        rollout = Group(config.rollout.group_name, [rollout_worker], channels=channels, stop=stop)
+        learner = Group(config.actor.group_name, [learner_worker], channels=channels, stop=stop)
+    except BaseException:
+        close_envs(env)
+        raise
+    return Crew(env, rollout, learner, stop), networks, weights
+
+
+def build_evaluator(
+    config: Root, weights: Weights, device: torch.device, actor: Policy | None = None, stop: Flag | None = None
+) -> Evaluator:
+    """The environments of `env.eval` with a policy that acts with what is published on `weights`.
+
+    `actor` is copied; without one, networks are built for the environment. Raises CheckpointError when what is
+    already published does not fit them.
+    """
+    if config.env.eval is None:
+        raise ConfigError("there is no env.eval to evaluate in; add it to the configuration")
+    section, stop = config.env.eval, stop or Flag()
+    obs, actions, experience = Channel("eval obs"), Channel("eval actions"), Channel("eval experience")
+    channels = (obs, actions, experience)
+    filming = section.video_cfg.save_video
+    chunk = config.actor.model.num_action_chunks
+
+    def env_worker() -> EnvWorker:
+        envs = _make_stages(config, section, section.seed, 1, render=filming)
+        if filming and section.video_cfg.info_on_video:
+            envs = [CaptionedEnv(env) for env in envs]
+        return EnvWorker(
+            0, envs, obs, actions, experience, stop, num_action_chunks=chunk, seed=section.seed, auto_reset=True
+        )
+
+    env = Group(f"{config.env.group_name} for evaluation", [env_worker], channels=channels, stop=stop)
+    try:
+        spaces = env.run(_spaces).wait()[0]
+        acting = copy.deepcopy(actor) if actor is not None else build_networks(config, spaces).actor
+        check_spaces(config, spaces)
+        if (published := weights.newer_than(-1)) is not None:
+            load_weights_into(acting, published[1], "the checkpoint")
+
+        def rollout_worker() -> RolloutWorker:
+            return RolloutWorker(
+                acting.to(device),
+                obs,
+                actions,
+                weights,
+                sources=[(0, 0)],
+                generator=torch_generator(config.runner.seed, "policy/eval", device),
+                device=device,
+            )
+
+        name = f"{config.rollout.group_name} for evaluation"
+        rollout = Group(name, [rollout_worker], channels=channels, stop=stop)
+    except BaseException:
+        close_envs(env)
+        raise
+    return Evaluator(
+        env,
+        rollout,
+        episodes_per_env=section.rollout_epoch,
+        chunks=section.max_steps_per_rollout_epoch // chunk,
+        seed=section.seed,
+        same_episodes=section.use_fixed_reset_state_ids,
+        num_recorded=min(section.video_cfg.max_envs, section.total_num_envs) if filming else 0,
+        fps=section.video_cfg.fps,
+    )
+
+
+def close_envs(env: Group[EnvWorker]) -> None:
+    """Close the environments of a run that did not come to start."""
+    env.run(EnvWorker.close).failures(STOP_TIMEOUT_S)
+    env.end()
+
+
+def _make_stages(config: Root, env: EnvConfig, seed: int, stages: int, *, render: bool) -> list[VectorEnv]:
+    made: list[VectorEnv] = []
+    try:
+        for stage in range(stages):
+            made.append(  # noqa: PERF401  what was made must be known when the next one fails
+                make_env(
+                    env,
+                    num_envs=env.total_num_envs // stages,
+                    seed=derive_seed(seed, f"stage/{stage}"),
+                    policy_setup=config.actor.model.policy_setup,
+                    render=render,
+                )
+            )
+    except BaseException:
+        for other in made:
+            other.close()
+        raise
+    return made
+
+
+def _spaces(worker: EnvWorker) -> EnvSpaces:
+    return worker.stages[0].spaces

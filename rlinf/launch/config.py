@@ -1,0 +1,408 @@
+"""The root of the configuration. What configures one component lives beside it; here the tree is assembled.
+
+Checks between sections are in `cross_field_problems`: each says which keys disagree and what to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
+
+from rlinf.core.config import Config
+from rlinf.envs.config import EnvConfig
+from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
+from rlinf.envs.reach import ReachConfig
+from rlinf.models.embodiment.flow_policy import FlowPolicyConfig
+from rlinf.models.embodiment.mlp_policy import MlpPolicyConfig
+
+ROLES = ("actor", "env", "rollout")
+"""The parts of a run that `cluster.component_placement` may place."""
+
+AnyEnv = Annotated[ManiSkillConfig | ReachConfig, Field(discriminator="env_type")]
+AnyModel = Annotated[FlowPolicyConfig | MlpPolicyConfig, Field(discriminator="model_type")]
+
+
+# ---- runner
+
+
+class LoggerConfig(Config):
+    """Where results go and who shows them."""
+
+    log_path: str = Field("logs", description="Root of all results; relative paths start at the working directory.")
+    project_name: str = Field("rlinf", description="Project under which W&B and SwanLab group runs.")
+    experiment_name: str = Field("run", description="Name of the run; its checkpoints lie in log_path under it.")
+    logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = Field(
+        ("tensorboard",), description="Besides metrics.jsonl and the terminal, who receives the metrics."
+    )
+
+
+class RunnerConfig(Config):
+    """How long to train, when to evaluate and to save, and where to start."""
+
+    task_type: Literal["embodied"] = Field("embodied", description="Kind of task: a robot in an environment.")
+    logger: LoggerConfig = Field(default_factory=LoggerConfig, description="Results and loggers.")
+    seed: NonNegativeInt = Field(
+        0, description="Root seed of the run: networks, exploration, replay and training episodes follow from it."
+    )
+    max_epochs: PositiveInt = Field(
+        1000, description="Global steps; one is a collection of experience and `update_epoch` updates."
+    )
+    max_steps: int = Field(-1, ge=-1, description="Upper limit on max_epochs, for short tries; -1 for none.")
+    val_check_interval: int = Field(-1, ge=-1, description="Evaluate every so many global steps; -1 for never.")
+    save_interval: int = Field(
+        -1,
+        ge=-1,
+        description="Write a checkpoint every so many global steps; -1 for only at the end and when interrupted.",
+    )
+    keep_checkpoints: PositiveInt = Field(3, description="So many of the newest checkpoints are kept.")
+    only_eval: bool = Field(False, description="Evaluate once and stop; nothing is trained.")
+    resume_dir: str | None = Field(
+        None,
+        description="Checkpoint from which to go on exactly: .../checkpoints/global_step_<N>, .../checkpoints/latest, "
+        "or a run directory.",
+    )
+    ckpt_path: str | None = Field(
+        None, description="Checkpoint of which only the policy's weights are taken; all else starts fresh."
+    )
+    overlap: bool = Field(
+        True,
+        description="Collect the next experience while learning from the last. The acting weights are then one global "
+        "step older.",
+    )
+
+    @property
+    def total_steps(self) -> int:
+        """Global steps of the run."""
+        return self.max_epochs if self.max_steps < 0 else min(self.max_epochs, self.max_steps)
+
+
+class ClusterConfig(Config):
+    """Machines and devices."""
+
+    num_nodes: PositiveInt = Field(1, description="Machines of the run. This version runs on one.")
+    component_placement: dict[str, int | str] | str = Field(
+        "actor,env,rollout: 0",
+        description="Role → devices. This version runs all roles in one process on one device: `actor,env,rollout: 0`, "
+        "or `all` in place of 0.",
+    )
+    backend: Literal["auto", "local"] = Field(
+        "auto", description="How the roles are run. local: threads of one process; auto: what the placement needs."
+    )
+
+
+# ---- algorithm
+
+
+class OptimConfig(Config):
+    """Adam for one network."""
+
+    lr: PositiveFloat = Field(3.0e-4, description="Learning rate after warm-up.")
+    lr_scheduler: Literal["torch_constant", "constant", "torch_cosine", "cosine"] = Field(
+        "torch_constant",
+        description="The rate over time: constant, or a cosine down to min_lr. torch_constant and torch_cosine are "
+        "other names of the two.",
+    )
+    lr_warmup_steps: NonNegativeInt = Field(0, description="Updates of this network with a linearly growing rate.")
+    total_training_steps: PositiveInt | None = Field(
+        None, description="Updates of this network until a cosine ends; null: all of the run's."
+    )
+    min_lr: float = Field(0.0, ge=0, description="Rate at the end of a cosine.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's averaging factors of gradient and square.")
+    eps: PositiveFloat = Field(1.0e-8, description="Term in Adam's denominator.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    clip_grad: PositiveFloat | None = Field(
+        10.0, description="Gradients are scaled down to this norm over the network; null: never."
+    )
+
+
+class EntropyTuningConfig(Config):
+    """The temperature α, which weighs entropy against reward."""
+
+    alpha_type: Literal["softplus", "exp", "fixed"] = Field(
+        "softplus", description="How α is parameterised: softplus(x) or exp(x), learned; or fixed at initial_alpha."
+    )
+    initial_alpha: float = Field(0.01, ge=0, description="α before the first update; zero only with fixed.")
+    target_entropy: float | Literal["auto"] = Field(
+        "auto",
+        description="Entropy that α steers to, in nats; auto: the policy's own default. The entropy of a flow policy "
+        "is that of its whole path, see docs/algorithms/sac_flow.md.",
+    )
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of α.")
+
+    @model_validator(mode="after")
+    def _learned_alpha_is_positive(self) -> EntropyTuningConfig:
+        if self.initial_alpha == 0 and self.alpha_type != "fixed":
+            raise ValueError(
+                f"initial_alpha must be positive with alpha_type {self.alpha_type}; or write alpha_type: fixed"
+            )
+        return self
+
+
+class ReplayBufferConfig(Config):
+    """Experience of this run."""
+
+    capacity: PositiveInt = Field(
+        400_000,
+        description="Rows that are kept; the oldest make room. A transition takes one, an episode's end one more.",
+    )
+    min_buffer_size: PositiveInt = Field(1, description="Transitions before the first update.")
+    storage_dir: str | None = Field(
+        None, description="Folder for a memory-mapped buffer that may be larger than memory; null: in memory."
+    )
+
+
+class DemoBufferConfig(Config):
+    """Prior experience that is mixed into every batch (RLPD)."""
+
+    load_path: str = Field(description="Folder with demonstrations, as record_demos.sh writes them.")
+    capacity: PositiveInt | None = Field(
+        None, description="Rows that are kept, as in replay_buffer; null: all of the folder."
+    )
+    fraction: float = Field(0.5, gt=0, lt=1, description="Share of every batch that is prior experience.")
+
+
+class AlgorithmConfig(Config):
+    """Soft actor-critic, also with prior data (RLPD) and with a flow policy (SAC-Flow)."""
+
+    loss_type: Literal["embodied_sac"] = Field("embodied_sac", description="The algorithm: soft actor-critic.")
+    gamma: float = Field(0.99, gt=0, le=1, description="Discount per environment step.")
+    tau: float = Field(0.005, gt=0, le=1, description="Share of the critic that the target critic takes over.")
+    bootstrap_type: Literal["standard", "always"] = Field(
+        "standard",
+        description="Value after an episode's end. standard: none after termination, but after a time limit; always: "
+        "also after termination, as if the task went on.",
+    )
+    agg_q: Literal["min", "mean"] = Field("min", description="How the target critics are joined in the backup.")
+    actor_agg_q: Literal["min", "mean"] = Field("min", description="How the critics are joined in the actor's loss.")
+    critic_subsample_size: PositiveInt | None = Field(
+        None, description="So many target critics, drawn anew for every update, make the backup; null: all."
+    )
+    subsample_with_replacement: bool = Field(False, description="Whether a critic may be drawn twice.")
+    backup_entropy: bool = Field(True, description="Whether the backup has the term -α log π.")
+    update_epoch: PositiveInt = Field(1, description="Critic updates in one global step.")
+    critic_actor_ratio: PositiveInt = Field(1, description="Critic updates for each update of actor and α.")
+    target_update_freq: PositiveInt = Field(1, description="Critic updates for each update of the target critic.")
+    train_actor_steps: NonNegativeInt = Field(0, description="Critic updates before the first update of actor and α.")
+    entropy_tuning: EntropyTuningConfig = Field(default_factory=EntropyTuningConfig, description="Temperature.")
+    replay_buffer: ReplayBufferConfig = Field(default_factory=ReplayBufferConfig, description="Replay buffer.")
+    demo_buffer: DemoBufferConfig | None = Field(None, description="Demonstrations in every batch; null: none.")
+
+
+# ---- roles
+
+
+class ActorConfig(Config):
+    """The learner: networks, batches and optimizers."""
+
+    group_name: str = Field("ActorGroup", description="Name of the role in messages and thread names.")
+    seed: NonNegativeInt = Field(1234, description="Varies networks and batches at the same runner.seed.")
+    micro_batch_size: PositiveInt = Field(256, description="Samples that are computed at once.")
+    global_batch_size: PositiveInt = Field(
+        256, description="Samples of one update; a multiple of micro_batch_size, whose gradients are summed."
+    )
+    num_threads: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="CPU threads of torch. auto: all cores, less those that step simulators while it learns, but "
+        "at least one.",
+    )
+    compile_model: bool = Field(False, description="Compile the losses with torch.compile.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Number format of matrix products; weights and averages stay in float32."
+    )
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the policy.")
+    critic_optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the critics.")
+    model: AnyModel = Field(description="Policy and critics; model_type chooses.")
+
+
+class RolloutConfig(Config):
+    """The policy that acts."""
+
+    group_name: str = Field("RolloutGroup", description="Name of the role in messages and thread names.")
+    pipeline_stage_num: PositiveInt = Field(
+        1, description="Parts of the environments that take turns, so that one is stepped while another is answered."
+    )
+    noise_correlation: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Correlation of the exploration noise of consecutive decisions; 0 for independent noise. Each "
+        "decision alone stays distributed as the policy says.",
+    )
+
+
+class EnvsConfig(Config):
+    """The environments."""
+
+    group_name: str = Field("EnvGroup", description="Name of the role in messages and thread names.")
+    train: AnyEnv = Field(description="Environments that experience is collected in.")
+    eval: AnyEnv | None = Field(None, description="Environments for evaluation; null: none.")
+
+
+class Root(Config):
+    """The whole configuration of a run."""
+
+    profile: Literal["cpu", "gpu"] = Field(
+        "cpu", description="Device and sizes of the run. On the command line also auto: gpu where torch sees one."
+    )
+    runner: RunnerConfig = Field(default_factory=RunnerConfig, description="Duration, results, checkpoints.")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Machines and devices.")
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="Losses and schedule.")
+    env: EnvsConfig = Field(description="Environments.")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="The acting policy.")
+    actor: ActorConfig = Field(description="The learner.")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Root:
+        problems = list(cross_field_problems(self))
+        if problems:
+            text = "; ".join(message for _, message in problems)
+            raise PydanticCustomError("cross_field", "{text}", {"text": text, "problems": problems})
+        return self
+
+
+# ---- checks between sections
+
+
+def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
+    """(key, message) for every disagreement between sections that are valid by themselves."""
+    yield from _placement_problems(root.cluster)
+    yield from _batch_problems(root)
+    yield from _env_problems("env.train", root.env.train, root)
+    if root.env.eval is not None:
+        yield from _env_problems("env.eval", root.env.eval, root)
+    elif root.runner.val_check_interval > 0 or root.runner.only_eval:
+        key = "runner.only_eval" if root.runner.only_eval else "runner.val_check_interval"
+        yield key, f"{key} asks for evaluation, but there is no env.eval; add it or set {key}={_off(key)}"
+    if root.runner.only_eval and root.runner.resume_dir is None and root.runner.ckpt_path is None:
+        yield (
+            "runner.only_eval",
+            "runner.only_eval needs something to evaluate; give runner.ckpt_path (or runner.resume_dir) a checkpoint",
+        )
+    if root.env.train.video_cfg.save_video:
+        yield (
+            "env.train.video_cfg.save_video",
+            "env.train.video_cfg.save_video: only evaluation is filmed; write it under env.eval",
+        )
+    if root.runner.resume_dir is not None and root.runner.ckpt_path is not None:
+        yield (
+            "runner.ckpt_path",
+            "runner.ckpt_path takes only weights and runner.resume_dir takes everything; give one of them",
+        )
+
+
+def _off(key: str) -> str:
+    return "False" if key.endswith("only_eval") else "-1"
+
+
+def _placement_problems(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
+    if cluster.num_nodes != 1:
+        yield (
+            "cluster.num_nodes",
+            f"cluster.num_nodes = {cluster.num_nodes}: this version runs on one machine; write 1",
+        )
+    key = "cluster.component_placement"
+    placed: dict[str, str] = {}
+    for roles, devices in placement(cluster).items():
+        for role in (part.strip() for part in roles.split(",")):
+            if role not in ROLES:
+                yield key, f"{key}: {role!r} is no role; the roles are {', '.join(ROLES)}"
+            elif role in placed:
+                yield key, f"{key} places {role} twice ({placed[role]} and {devices}); keep one"
+            placed[role] = devices
+    if any(devices not in ("0", "all") for devices in placed.values()):
+        shown = "; ".join(f"{roles}: {devices}" for roles, devices in placement(cluster).items())
+        yield (
+            key,
+            f"{key} = {shown}: this version runs all roles in one process on one device; write actor,env,rollout: 0",
+        )
+
+
+def placement(cluster: ClusterConfig) -> dict[str, str]:
+    """`component_placement` as roles → devices, whether it was written as a mapping or as one string."""
+    given = cluster.component_placement
+    if isinstance(given, dict):
+        return {roles: str(devices).strip() for roles, devices in given.items()}
+    pairs = (part.partition(":") for part in given.split(";") if part.strip())
+    return {roles.strip(): devices.strip() for roles, _, devices in pairs}
+
+
+def _batch_problems(root: Root) -> Iterator[tuple[str, str]]:
+    actor, algorithm = root.actor, root.algorithm
+    whole, part = actor.global_batch_size, actor.micro_batch_size
+    if whole % part:
+        yield (
+            "actor.micro_batch_size",
+            f"actor.global_batch_size ({whole}) is not a multiple of actor.micro_batch_size ({part}); "
+            f"{_nearby_divisors(whole, part)}",
+        )
+    subset, heads = algorithm.critic_subsample_size, actor.model.num_q_heads
+    if subset is not None and subset > heads and not algorithm.subsample_with_replacement:
+        yield (
+            "algorithm.critic_subsample_size",
+            f"algorithm.critic_subsample_size ({subset}) is more than actor.model.num_q_heads ({heads}); "
+            f"lower it to {heads}, add heads, or set algorithm.subsample_with_replacement: True",
+        )
+    replay = algorithm.replay_buffer
+    if replay.min_buffer_size > replay.capacity:
+        yield (
+            "algorithm.replay_buffer.min_buffer_size",
+            f"algorithm.replay_buffer.min_buffer_size ({replay.min_buffer_size}) is more than "
+            f"algorithm.replay_buffer.capacity ({replay.capacity}): training would never begin; raise the capacity",
+        )
+    demo = algorithm.demo_buffer
+    if demo is not None and not 1 <= round(demo.fraction * whole) < whole:
+        yield (
+            "algorithm.demo_buffer.fraction",
+            f"algorithm.demo_buffer.fraction ({demo.fraction:g}) of actor.global_batch_size ({whole}) leaves no sample "
+            "of one kind; bring it nearer to 0.5",
+        )
+
+
+def _env_problems(section: str, env: EnvConfig, root: Root) -> Iterator[tuple[str, str]]:
+    chunk = root.actor.model.num_action_chunks
+    for name in ("max_episode_steps", "max_steps_per_rollout_epoch"):
+        steps = getattr(env, name)
+        if steps % chunk:
+            fitting = [str(count) for count in (steps // chunk * chunk, (steps // chunk + 1) * chunk) if count]
+            yield (
+                f"{section}.{name}",
+                f"{section}.{name} ({steps}) is not a multiple of actor.model.num_action_chunks ({chunk}); write "
+                f"{' or '.join(fitting)}",
+            )
+    if section == "env.eval" and env.max_steps_per_rollout_epoch < env.max_episode_steps:
+        yield (
+            "env.eval.max_steps_per_rollout_epoch",
+            f"env.eval.max_steps_per_rollout_epoch ({env.max_steps_per_rollout_epoch}) is less than "
+            f"env.eval.max_episode_steps ({env.max_episode_steps}): no episode would come to its end; raise it",
+        )
+    stages = root.rollout.pipeline_stage_num if section == "env.train" else 1
+    if env.total_num_envs % stages:
+        yield (
+            f"{section}.total_num_envs",
+            f"{section}.total_num_envs ({env.total_num_envs}) is not a multiple of rollout.pipeline_stage_num "
+            f"({stages}); write {max(env.total_num_envs // stages, 1) * stages} or "
+            f"{(env.total_num_envs // stages + 1) * stages}",
+        )
+    elif isinstance(env.num_workers, int) and env.num_workers > 0 and env.total_num_envs // stages % env.num_workers:
+        per_stage = f" / rollout.pipeline_stage_num ({stages})" if stages > 1 else ""
+        yield (
+            f"{section}.num_workers",
+            f"{section}.total_num_envs ({env.total_num_envs}){per_stage} is not a multiple of {section}.num_workers "
+            f"({env.num_workers}); {_nearby_divisors(env.total_num_envs // stages, env.num_workers)}",
+        )
+    if isinstance(env, ManiSkillConfig):
+        try:
+            control_mode(env.init_params, root.actor.model.policy_setup)
+        except ValueError as problem:
+            yield "actor.model.policy_setup", str(problem)
+
+
+def _nearby_divisors(whole: int, part: int) -> str:
+    """The divisors of `whole` around `part`, as advice."""
+    divisors = [number for number in range(1, whole + 1) if whole % number == 0]
+    below = max(number for number in divisors if number <= part)
+    above = [number for number in divisors if number > part]
+    return f"write {below}" + (f" or {above[0]}" if above else "")

@@ -1,0 +1,198 @@
+"""Run a configuration: train, evaluate, or evaluate what an earlier run has learned."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlinf.core.errors import ConfigError
+from rlinf.launch.build import (
+    Networks,
+    build_crew,
+    build_evaluator,
+    device_of,
+    load_weights_into,
+    num_cores,
+    num_learner_threads,
+    num_simulator_processes,
+    simulates_on_cpu,
+)
+from rlinf.launch.config import Root
+from rlinf.launch.parse import load_config
+from rlinf.launch.provenance import prepare_run_dir, write_provenance
+from rlinf.metrics.journal import FILE_NAME as JOURNAL
+from rlinf.metrics.report import Reporter
+from rlinf.metrics.video import write_video
+from rlinf.runners.checkpoint import CheckpointStore, find, load_policy, load_run, verify
+from rlinf.runners.crew import Crew
+from rlinf.runners.evaluate import Evaluator, run_eval
+from rlinf.runners.synchronous import Schedule, run_sync
+from rlinf.runtime.local import Weights
+from rlinf.workers.learner_worker import POLICY_FILE
+
+
+def train(config: Root) -> int:
+    """Do what `config.runner` says and return the exit code: 0, or 128 + the number of the signal that stopped it.
+
+    Raises RlinfError with one line for whatever the user can mend; what was learned until then is saved.
+    """
+    run_dir = run_directory(config)
+    device = device_of(config)
+    checkpoint = find(config.runner.resume_dir) if config.runner.resume_dir is not None else None
+    resume_step = verify(checkpoint, only=POLICY_FILE).global_step if checkpoint is not None else 0
+    _refuse_to_overwrite(run_dir, checkpoint)
+    prepare_run_dir(run_dir)
+    resolved = config.model_dump(mode="json")
+    logger = config.runner.logger
+    with Reporter(
+        run_dir,
+        backends=logger.logger_backends,
+        project_name=logger.project_name,
+        experiment_name=logger.experiment_name,
+        config=resolved,
+        total_steps=config.runner.total_steps,
+        resume_step=resume_step,
+        video_dir=video_directory(config, run_dir),
+    ) as reporter:
+        reporter.note(describe(config, device))
+        if config.runner.only_eval:
+            path = config.runner.resume_dir or config.runner.ckpt_path or ""  # one is set: the schema checks it
+            evaluator = build_evaluator(config, _weights_of(path), device)
+            write_provenance(run_dir, resolved, seed=config.runner.seed)
+            run_eval(evaluator, reporter, step=resume_step)
+            return 0
+        store = CheckpointStore(run_dir / "checkpoints", keep=config.runner.keep_checkpoints, config=resolved)
+        return _train(config, device, store, reporter, checkpoint)
+
+
+def _train(
+    config: Root, device: torch.device, store: CheckpointStore, reporter: Reporter, checkpoint: Path | None
+) -> int:
+    crew, networks, weights = build_crew(config, device)
+    with _closing_on_failure(crew, reporter):
+        if config.runner.ckpt_path is not None:
+            load_weights_into(networks.actor, load_policy(config.runner.ckpt_path)[1], config.runner.ckpt_path)
+        last_step = load_run(crew, checkpoint) if checkpoint is not None else 0
+        evaluator = _evaluator_of_run(config, device, crew, networks, weights)
+        # Not before: a resumption that fails must leave the record of its run as it was.
+        write_provenance(reporter.run_dir, store.config or {}, seed=config.runner.seed)
+    last_step = run_sync(crew, schedule_of(config), store, reporter, evaluator=evaluator, last_step=last_step)
+    return 128 + signal.Signals[crew.stop.reason] if crew.stop.is_set() else 0
+
+
+def evaluate_run(run_dir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Evaluate the newest checkpoint of a run, or the one in `runner.ckpt_path`; `eval/...` means.
+
+    A video is written into the run directory if the configuration says so; nothing else there changes.
+
+    Raises ConfigError or CheckpointError when the directory holds no run.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} holds no config.yaml; name a run directory, <log_path>/<experiment_name>")
+    config = load_config("config", overrides, run_dir)
+    path = find(config.runner.ckpt_path or run_dir)
+    evaluator = build_evaluator(config, _weights_of(path), device_of(config))
+    return run_eval(
+        evaluator, _Aside(video_directory(config, run_dir)), step=verify(path, only=POLICY_FILE).global_step
+    )
+
+
+def run_directory(config: Root) -> Path:
+    """Where everything of a run goes: <log_path>/<experiment_name>."""
+    return Path(config.runner.logger.log_path).expanduser().resolve() / config.runner.logger.experiment_name
+
+
+def video_directory(config: Root, run_dir: Path) -> Path:
+    """Where films of evaluations go: env.eval.video_cfg.video_base_dir, or videos/ in the run directory."""
+    base = config.env.eval.video_cfg.video_base_dir if config.env.eval is not None else None
+    return Path(base).expanduser() if base is not None else run_dir / "videos"
+
+
+def schedule_of(config: Root) -> Schedule:
+    """How much of what, and how often."""
+    runner, train = config.runner, config.env.train
+    return Schedule(
+        num_steps=runner.total_steps,
+        chunks=train.max_steps_per_rollout_epoch // config.actor.model.num_action_chunks,
+        segments=train.rollout_epoch,
+        updates=config.algorithm.update_epoch,
+        eval_interval=runner.val_check_interval,
+        save_interval=runner.save_interval,
+        overlap=runner.overlap,
+    )
+
+
+def describe(config: Root, device: torch.device) -> str:
+    """One line that says what this run does with the machine."""
+    train, schedule = config.env.train, schedule_of(config)
+    transitions = train.total_num_envs * schedule.chunks * schedule.segments
+    threads, workers = num_learner_threads(config), num_simulator_processes(train, train.total_num_envs)
+    backend = "local" if config.cluster.backend == "auto" else config.cluster.backend
+    stepping = f"stepped by {workers} processes" if simulates_on_cpu(train) else "in one batch"
+    return (
+        f"profile {config.profile} on {device}, {backend} backend, {num_cores()} cores: {threads} learner threads, "
+        f"{train.total_num_envs} {train.env_type} environments {stepping}; each global step collects {transitions} "
+        f"transitions and makes {schedule.updates} updates"
+    )
+
+
+def _weights_of(path: str | Path) -> Weights:
+    weights = Weights()
+    weights.publish(*load_policy(path))
+    return weights
+
+
+def _evaluator_of_run(
+    config: Root, device: torch.device, crew: Crew, networks: Networks, weights: Weights
+) -> Evaluator | None:
+    if config.runner.val_check_interval <= 0:
+        return None
+    return build_evaluator(config, weights, device, networks.actor, crew.stop)
+
+
+def _refuse_to_overwrite(run_dir: Path, checkpoint: Path | None) -> None:
+    """A directory that holds a run may only be used by one that goes on from it."""
+    used = (run_dir / JOURNAL).is_file() or (run_dir / "checkpoints").is_dir()
+    if used and (checkpoint is None or run_dir not in checkpoint.parents):
+        raise ConfigError(
+            f"{run_dir} already holds a run; choose another runner.logger.log_path, or go on from it with "
+            f"runner.resume_dir={run_dir}"
+        )
+
+
+@contextlib.contextmanager
+def _closing_on_failure(crew: Crew, reporter: Reporter) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for problem in crew.close():
+            reporter.note(problem)
+        raise
+
+
+class _Aside:
+    """Reporter of an evaluation beside a run: its record is left alone."""
+
+    def __init__(self, video_dir: Path) -> None:
+        self._video_dir = video_dir
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing: the caller gets the metrics."""
+
+    def note(self, text: str) -> None:
+        """Print to stderr."""
+        print(text, file=sys.stderr)
+
+    def video(self, name: str, frames: np.ndarray, fps: float) -> None:
+        """Write the video and say where."""
+        path = self._video_dir / f"{name}.mp4"
+        write_video(path, frames, fps)
+        self.note(f"video: {path}")

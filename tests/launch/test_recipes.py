@@ -1,0 +1,197 @@
+"""Every recipe that is shipped parses, builds and learns a little; every key of the schema is described and read."""
+
+import ast
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+
+import rlinf
+from rlinf.core.types import Trajectory
+from rlinf.data.demos import DemoMeta, write_demos
+from rlinf.launch.build import build_crew, build_evaluator
+from rlinf.launch.config import Root
+from rlinf.launch.parse import key_paths, load_config, models_in
+from rlinf.runners.crew import Crew
+from rlinf.workers.learner_worker import LearnerWorker
+from tests.launch.conftest import CONFIG_DIR
+
+RECIPES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+PACKAGE = Path(rlinf.__file__).parent
+
+
+def load(name: str, *overrides: str) -> Root:
+    return load_config(name, overrides, CONFIG_DIR, has_gpu=lambda: False)
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid(name: str, profile: str) -> None:
+    root = load(name, f"profile={profile}")
+    assert root.profile == profile
+    assert root.runner.logger.experiment_name == name
+    assert Root.model_validate(root.model_dump(mode="json")) == root
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_in_its_first_line_what_it_is(name: str) -> None:
+    first = (CONFIG_DIR / f"{name}.yaml").read_text().partition("\n")[0]
+    assert re.fullmatch(r"# [A-Z].{20,110}\.", first)
+
+
+def test_every_yaml_belongs_to_a_recipe() -> None:
+    """A file in a group that no recipe reads would be neither parsed nor tested."""
+    text = "".join((CONFIG_DIR / f"{name}.yaml").read_text() for name in RECIPES)
+    for path in CONFIG_DIR.glob("*/**/*.yaml"):
+        group = path.parent.relative_to(CONFIG_DIR).as_posix()
+        option = path.stem if group in ("env", "model") else group
+        assert re.search(rf"\b{re.escape(option)}\b", text), f"{path} is used by no recipe"
+
+
+@pytest.mark.usefixtures("fake_maniskill")
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path) -> None:
+    overrides = ["env.train.num_workers=0", "env.eval.num_workers=0", "actor.num_threads=1"]
+    overrides += ["algorithm.replay_buffer.min_buffer_size=1", "env.eval.video_cfg.save_video=False"]
+    if load(name).algorithm.demo_buffer is not None:
+        overrides.append(f"algorithm.demo_buffer.load_path={record(tmp_path)}")
+    root = load(name, f"profile={profile}", *overrides)
+    crew, networks, weights = build_crew(root, torch.device("cpu"))
+    try:
+        evaluator = build_evaluator(root, weights, torch.device("cpu"), networks.actor, crew.stop)
+        assert evaluator.close() == []
+        metrics = learn(crew)
+    finally:
+        assert crew.close() == []
+    assert metrics["replay_buffer/size"] == 2 * root.env.train.total_num_envs
+    assert torch.isfinite(torch.tensor(metrics["sac/critic_loss"]))
+    assert ("demo_buffer/size" in metrics) == (root.algorithm.demo_buffer is not None)
+
+
+def learn(crew: Crew) -> dict[str, float]:
+    crew.publish()
+    crew.collect(chunks=2, segments=1).wait()
+    crew.ingest()
+    return crew.learner.run(LearnerWorker.update, 1).wait()[0]
+
+
+def record(folder: Path) -> Path:
+    """Demonstrations of two environments and three steps."""
+    t, n = 3, 2
+    flags = torch.zeros(t, n, 1, dtype=torch.bool)
+    trajectory = Trajectory(
+        obs={"state": torch.randn(t + 1, n, 42)},
+        last_obs={"state": torch.zeros(0, 42)},
+        last_index=torch.zeros(0, 2, dtype=torch.int64),
+        decision=torch.zeros(t, n, 4),
+        action=torch.zeros(t, n, 1, 4),
+        reward=torch.zeros(t, n, 1),
+        terminated=flags,
+        truncated=flags[..., 0],
+        intervened=flags,
+        valid=~flags[..., 0],
+    )
+    meta = DemoMeta("PickCube-v1", "pd_ee_delta_pos", 4, {"state": (42,)}, {"state": "float32"}, "a test")
+    write_demos(str(folder / "demos"), [trajectory], meta)
+    return folder / "demos"
+
+
+# ---- the seed document's own keys
+
+
+def test_the_gpu_profile_keeps_the_published_sizes() -> None:
+    root = load("maniskill_sac_flow_state", "profile=gpu")
+    algorithm, actor = root.algorithm, root.actor
+    assert (algorithm.gamma, algorithm.tau, algorithm.update_epoch, algorithm.critic_actor_ratio) == (0.8, 0.005, 32, 3)
+    assert (algorithm.bootstrap_type, algorithm.critic_subsample_size) == ("always", 2)
+    assert algorithm.entropy_tuning.initial_alpha == 0.2
+    assert algorithm.entropy_tuning.target_entropy == -4
+    assert (root.env.train.total_num_envs, root.env.train.max_steps_per_rollout_epoch) == (32, 2)
+    assert root.env.eval is not None and root.env.eval.total_num_envs == 16
+    assert (actor.global_batch_size, actor.optim.lr, actor.optim.clip_grad) == (512, 3e-4, 1.0)
+    model = actor.model
+    assert model.model_type == "flow_policy"
+    assert (model.d_model, model.n_head, model.n_layers, model.denoising_steps) == (96, 4, 2, 4)
+    assert (model.flow_actor_type, model.noise_std_head) == ("JaxFlowTActor", True)
+
+
+def test_the_settings_printed_in_the_seed_document_are_accepted() -> None:
+    printed = """
+        actor.model: {input_type: state, denoising_steps: 4, d_model: 256, n_head: 4, n_layers: 2,
+          use_batch_norm: False, batch_norm_momentum: 0.99, flow_actor_type: JaxFlowTActor, noise_std_head: False,
+          log_std_min_train: -5, log_std_max_train: 2, log_std_min_rollout: -20, log_std_max_rollout: 0,
+          noise_std_train: 0.3, noise_std_rollout: 0.02}
+        algorithm: {gamma: 0.96, tau: 0.005, critic_actor_ratio: 4, update_epoch: 30,
+          entropy_tuning: {alpha_type: softplus, initial_alpha: 0.01, target_entropy: -4,
+            optim: {lr: 3.0e-4, lr_scheduler: torch_constant, clip_grad: 10.0}}}
+    """
+    overrides = [f"{path}={value}" for path, value in flatten(yaml.safe_load(printed))]
+    root = load("maniskill_sac_flow_state", *overrides)
+    assert root.actor.model.model_type == "flow_policy"
+    assert (root.actor.model.d_model, root.algorithm.gamma, root.algorithm.update_epoch) == (256, 0.96, 30)
+
+
+def flatten(tree: dict[str, typing.Any], prefix: str = "") -> Iterator[tuple[str, typing.Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+# ---- the schema
+
+
+def schema() -> set[type[BaseModel]]:
+    found: set[type[BaseModel]] = set()
+    waiting: list[type[BaseModel]] = [Root]
+    while waiting:
+        model = waiting.pop()
+        if model not in found:
+            found.add(model)
+            waiting += [child for field in model.model_fields.values() for child in models_in(field.annotation)]
+    return found
+
+
+@pytest.mark.parametrize("model", sorted(schema(), key=lambda model: model.__name__), ids=lambda model: model.__name__)
+def test_every_key_is_described_and_unknown_keys_are_refused(model: type[BaseModel]) -> None:
+    assert model.model_config.get("extra") == "forbid"
+    assert model.model_config.get("frozen")
+    for name, field in model.model_fields.items():
+        assert field.description, f"{model.__name__}.{name} has no description"
+        assert len(field.description) >= 8 and field.description.endswith((".", ")")), f"{model.__name__}.{name}"
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """No dead keys: each name is an attribute that code outside of the declarations takes, or a choice of one."""
+    read: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                read.add(node.value)
+    dead = {
+        f"{model.__name__}.{name}"
+        for model in schema()
+        for name, field in model.model_fields.items()
+        if name not in read and not has_one_value(field.annotation)
+    }
+    assert not dead
+
+
+def has_one_value(annotation: typing.Any) -> bool:
+    """A key that can only be written in one way says what a recipe is; nobody needs to read it."""
+    return typing.get_origin(annotation) is typing.Literal and len(typing.get_args(annotation)) == 1
+
+
+def test_key_paths_name_nested_keys_once_per_section() -> None:
+    paths = list(key_paths(Root))
+    assert "algorithm.entropy_tuning.optim.clip_grad" in paths
+    assert "env.eval.video_cfg.save_video" in paths
