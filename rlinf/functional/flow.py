@@ -49,10 +49,11 @@ def score(x: Float[Tensor, "B A"], velocity: Float[Tensor, "B A"], t: float) -> 
 
 
 def largest_corrected_std(steps: int) -> float:
-    """√(2/K): the largest per-step noise for which the drift correction is a contraction at every step.
+    """√(2/K): the largest per-step noise for which the corrected step keeps the sign of x at every step.
 
-    The corrected step keeps 1 − s² / (2 (1 − t)) of x. It is smallest at the last step, where 1 − t = 1/K, and
-    turns negative beyond s² = 2/K: the walk then overshoots the mean and the correction adds variance.
+    The correction takes s² / (2 (1 − t)) of x away. That is most at the last step, where 1 − t = 1/K, and more than
+    all of x beyond s² = 2/K: the walk then overshoots. The bound is necessary, not sufficient: where the flow is
+    narrow, Var(x_t) < s²/2, a step is too coarse for the correction to be accurate, whatever K.
     """
     return math.sqrt(2 / steps)
 

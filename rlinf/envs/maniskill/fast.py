@@ -1,0 +1,308 @@
+"""Step a ManiSkill scene of the Panda arm without tensors.
+
+A ManiSkill step of one world spends nine tenths of its time on tensors with a batch of one; the physics is the
+rest. Here the same scene, built and begun by ManiSkill, is driven through SAPIEN's own objects: controller,
+observation and reward are computed with numpy and floats, from the constants of ManiSkill's controllers.
+`tests/envs/test_maniskill_fast.py` holds both against each other.
+
+Tasks are in `TASKS`; a further one is a class with `read`. Reward formulas are those of
+mani_skill/envs/tasks/tabletop/{pick_cube,push_cube}.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlinf.envs.maniskill.scene import SceneSpec, begin_world, open_world, render_world
+
+ARM_JOINTS = 7
+CONTROL_MODES = ("pd_ee_delta_pos", "pd_joint_delta_pos")
+GRASP_FORCE_N = 0.5
+GRASP_ANGLE_DEG = 85.0
+STATIC_SPEED_RAD_PER_S = 0.2
+FINGER_REACH_M = 0.15
+"""Beyond this distance between tool centre and object no finger can touch it, so contacts are not asked for."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """State float32 [S], dense reward and success after a step."""
+
+    state: np.ndarray
+    reward: float
+    success: bool
+
+
+class FastTask(Protocol):
+    """A task's observation and dense reward, from the robot's reading."""
+
+    max_reward: float
+
+    def bind(self) -> None:
+        """Take what is constant during an episode, such as the goal."""
+        ...
+
+    def read(self, panda: Panda) -> Reading:
+        """State, reward and success now."""
+        ...
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return math.dist(a.tolist(), b.tolist())
+
+
+def _closeness(distance: float) -> float:
+    """1 − tanh(5 d): one at no distance, none far away."""
+    return 1.0 - math.tanh(5.0 * distance)
+
+
+class PickCube:
+    """Grasp the cube and hold it still at the goal.
+
+    S = 42: qpos 9, qvel 9, grasped 1, tcp pose 7, goal 3, cube pose 7, cube − tcp 3, goal − cube 3.
+    """
+
+    max_reward = 5.0
+
+    def __init__(self, world: Any) -> None:
+        self._cube, self._goal_site = world.cube._objs[0], world.goal_site._objs[0]
+        self._goal_radius = world.goal_thresh
+        self._goal = np.zeros(3, np.float32)
+
+    def bind(self) -> None:
+        """As `FastTask.bind`."""
+        self._goal = self._goal_site.pose.p
+
+    def read(self, panda: Panda) -> Reading:
+        """As `FastTask.read`."""
+        qpos, qvel, tcp, cube = panda.qpos, panda.qvel, panda.tcp.entity_pose, self._cube.pose
+        to_cube, to_goal = cube.p - tcp.p, self._goal - cube.p
+        reach, left = math.hypot(*to_cube.tolist()), math.hypot(*to_goal.tolist())
+        grasped = reach < FINGER_REACH_M and panda.grasps(self._cube)
+        placed = left <= self._goal_radius
+        speeds = qvel[:ARM_JOINTS].tolist()
+        success = placed and max(map(abs, speeds)) <= STATIC_SPEED_RAD_PER_S
+        if success:
+            reward = self.max_reward
+        else:
+            reward = _closeness(reach)
+            if grasped:
+                reward += 1.0 + _closeness(left)
+            if placed:
+                reward += _closeness(math.hypot(*speeds))
+        parts = (qpos, qvel, (grasped,), tcp.p, tcp.q, self._goal, cube.p, cube.q, to_cube, to_goal)
+        return Reading(np.concatenate(parts, dtype=np.float32), reward, success)
+
+
+class PushCube:
+    """Push the cube into the circle before it.
+
+    S = 35: qpos 9, qvel 9, tcp pose 7, goal 3, cube pose 7.
+    """
+
+    max_reward = 4.0
+
+    def __init__(self, world: Any) -> None:
+        self._cube, self._region = world.obj._objs[0], world.goal_region._objs[0]
+        self._radius, self._half_size = world.goal_radius, world.cube_half_size
+        self._goal = np.zeros(3, np.float32)
+
+    def bind(self) -> None:
+        """As `FastTask.bind`."""
+        self._goal = self._region.pose.p
+
+    def read(self, panda: Panda) -> Reading:
+        """As `FastTask.read`."""
+        tcp, cube = panda.tcp.entity_pose, self._cube.pose
+        behind = cube.p + np.array([-self._half_size - 0.005, 0, 0], np.float32)
+        reach = _distance(behind, tcp.p)
+        left = _distance(cube.p[:2], self._goal[:2])
+        height = float(cube.p[2])
+        success = left < self._radius and height < self._half_size + 5e-3
+        if success:
+            reward = self.max_reward
+        else:
+            reward = _closeness(reach)
+            if reach < 0.01:
+                reward += _closeness(left) * (1 + _closeness(abs(height - self._half_size)))
+        parts = (panda.qpos, panda.qvel, tcp.p, tcp.q, self._goal, cube.p, cube.q)
+        return Reading(np.concatenate(parts, dtype=np.float32), reward, success)
+
+
+TASKS: dict[str, Callable[[Any], FastTask]] = {"PickCube-v1": PickCube, "PushCube-v1": PushCube}
+"""ManiSkill id → task."""
+
+
+def why_not_fast(spec: SceneSpec) -> str | None:
+    """Why this scene cannot be stepped here, or None if it can."""
+    if spec.task not in TASKS:
+        return f"it is written for {' and '.join(TASKS)} only, not for {spec.task}"
+    if spec.control_mode not in CONTROL_MODES:
+        return f"it drives {' and '.join(CONTROL_MODES)} only, not {spec.control_mode}"
+    if spec.robot not in (None, "panda"):
+        return f"it drives the panda only, not {spec.robot}"
+    return None
+
+
+class Panda:
+    """The arm of a ManiSkill world through SAPIEN's objects: drives, physics steps, readings, grasp test.
+
+    SAPIEN's objects live as long as the world is not rebuilt; `bind` is to be called after every reset.
+    """
+
+    def __init__(self, world: Any, control_mode: str) -> None:
+        import sapien
+
+        self._pose = sapien.Pose
+        self._world = world
+        agent, controllers = world.agent, world.agent.controller.controllers
+        self._arm = agent.robot._objs[0]
+        self._joints = self._arm.active_joints
+        self._root = self._arm.links[0]
+        self.tcp = agent.tcp._objs[0]
+        self._fingers = tuple(
+            (link._objs[0], sign) for link, sign in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0))
+        )
+        self._physics_steps = world._sim_steps_per_control
+        arm, gripper = controllers["arm"].config, controllers["gripper"].config
+        self._grip_middle, self._grip_half_range = _middle_and_half_range(gripper.lower, gripper.upper)
+        if control_mode == "pd_joint_delta_pos":
+            self._targets = self._joint_targets
+            self.action_dim = ARM_JOINTS + 1
+            self._middle, self._half_range = _middle_and_half_range(arm.lower, arm.upper)
+        else:
+            self._targets = self._tool_targets
+            self.action_dim = 3 + 1
+            self._middle, self._half_range = _middle_and_half_range(arm.pos_lower, arm.pos_upper)
+            solver = controllers["arm"].kinematics
+            self._solver, self._tool_index = solver.pmodel, solver.end_link_idx
+            self._solved_joints = solver.qmask.numpy().astype(np.int32)
+        self.qpos = self.qvel = np.zeros(ARM_JOINTS + 2, np.float32)
+
+    def bind(self) -> None:
+        """Read the state of a world that was just begun."""
+        self._physics = self._world.scene.px
+        self._sense()
+
+    def move(self, action: np.ndarray) -> None:
+        """Set the drives for an action, float32 [A], and let the physics run for one control period."""
+        action = np.clip(action, -1, 1)
+        grip = float(self._grip_middle + self._grip_half_range * action[-1])
+        for joint, target in zip(self._joints, (*self._targets(action), grip, grip), strict=True):
+            joint.set_drive_target(target)
+        step = self._physics.step
+        for _ in range(self._physics_steps):
+            step()
+        self._sense()
+
+    def grasps(self, thing: Any) -> bool:
+        """Whether both fingers press on `thing` from inside: force and angle as ManiSkill's `is_grasping`."""
+        contacts = self._physics.get_contacts()
+        pairs = [(*(body.entity for body in contact.bodies), contact.points) for contact in contacts]
+        for finger, sign in self._fingers:
+            force = self._force(pairs, finger.entity, thing)
+            strength = math.hypot(*force)
+            if strength < GRASP_FORCE_N:
+                return False
+            opening = (sign * finger.entity_pose.to_transformation_matrix()[:3, 1]).tolist()
+            cosine = sum(f * o for f, o in zip(force, opening, strict=True)) / strength
+            if math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) > GRASP_ANGLE_DEG:
+                return False
+        return True
+
+    def _force(self, pairs: list[Any], one: Any, other: Any) -> tuple[float, float, float]:
+        x = y = z = 0.0
+        for first, second, points in pairs:
+            if first == one and second == other:
+                sign = 1.0
+            elif first == other and second == one:
+                sign = -1.0
+            else:
+                continue
+            for point in points:
+                impulse = point.impulse
+                x, y, z = x + sign * impulse[0], y + sign * impulse[1], z + sign * impulse[2]
+        period = self._physics.timestep
+        return x / period, y / period, z / period
+
+    def _joint_targets(self, action: np.ndarray) -> list[float]:
+        return (self.qpos[:ARM_JOINTS] + (self._middle + self._half_range * action[:ARM_JOINTS])).tolist()
+
+    def _tool_targets(self, action: np.ndarray) -> list[float]:
+        """Joint angles that move the tool by action[:3]; the present ones where no solution is found.
+
+        The base is not turned in any of `TASKS`. Its quaternion is (w, 0, 0, 0) with w = 1 up to rounding, and
+        rotating by it is w (w v); kept because contacts amplify a difference in the last bit.
+        """
+        tool, base = self.tcp.entity_pose, self._root.entity_pose
+        w = base.q[0]
+        place = w * (w * -base.p) + w * (w * tool.p)
+        turn = w * tool.q if tool.q[0] >= 0 else -w * tool.q
+        wanted = self._pose(self._middle + self._half_range * action[:3] + place, turn)
+        angles, found, _ = self._solver.compute_inverse_kinematics(
+            self._tool_index,
+            wanted,
+            initial_qpos=self.qpos,
+            active_qmask=self._solved_joints,
+            max_iterations=100,
+        )
+        return (angles if found else self.qpos)[:ARM_JOINTS].tolist()
+
+    def _sense(self) -> None:
+        self.qpos, self.qvel = self._arm.qpos, self._arm.qvel
+
+
+def _middle_and_half_range(lower: float, upper: float) -> tuple[np.float32, np.float32]:
+    """In single precision throughout, as ManiSkill computes them: contacts amplify a difference in the last bit."""
+    low, high, half = np.float32(lower), np.float32(upper), np.float32(0.5)
+    return half * (high + low), half * (high - low)
+
+
+class FastScene:
+    """A `Scene` of one of `TASKS`."""
+
+    def __init__(self, spec: SceneSpec) -> None:
+        self._world = open_world(spec)
+        self._spec = spec
+        self.action_dim = Panda(self._world, spec.control_mode).action_dim
+        self._start()
+        self.state_dim = len(self._reading.state)
+
+    def begin(self, seed: int) -> None:
+        """As `Scene.begin`."""
+        begin_world(self._world, seed, observe=False)
+        self._start()
+
+    def advance(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        """As `Scene.advance`."""
+        self._panda.move(action)
+        self._reading = self._task.read(self._panda)
+        success = self._reading.success
+        return self._reward(), success, False
+
+    def observe(self) -> np.ndarray:
+        """As `Scene.observe`."""
+        return self._reading.state
+
+    def render(self) -> np.ndarray:
+        """As `Scene.render`."""
+        return render_world(self._world)[0]
+
+    def _start(self) -> None:
+        self._panda = Panda(self._world, self._spec.control_mode)
+        self._task = TASKS[self._spec.task](self._world)
+        self._panda.bind()
+        self._task.bind()
+        self._reading = self._task.read(self._panda)
+
+    def _reward(self) -> float:
+        if self._spec.reward in ("sparse", "only_success"):
+            return float(self._reading.success)
+        if self._spec.reward == "dense":
+            return self._reading.reward
+        return self._reading.reward / self._task.max_reward
