@@ -12,7 +12,10 @@ from rlinf.core.config import Config
 class VideoConfig(Config):
     """What is filmed while the policy is evaluated."""
 
-    save_video: bool = Field(False, description="Write an mp4 of every evaluation.")
+    save_video: bool = Field(False, description="Write an mp4 of evaluations.")
+    every: int = Field(
+        1, ge=0, description="Film every n-th evaluation of a training run, and its last; 0 for the last alone."
+    )
     info_on_video: bool = Field(True, description="Draw step, reward and success into the picture.")
     video_base_dir: str | None = Field(
         None, description="Folder of the videos; null puts them into the run directory, under videos/."

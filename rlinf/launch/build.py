@@ -55,6 +55,16 @@ def device_of(config: Root) -> torch.device:
     return torch.device("cuda")
 
 
+def set_matmul_precision(config: Root, device: torch.device) -> None:
+    """Let float32 matrix products on a CPU multiply in bfloat16 and add in float32, if the configuration says so.
+
+    Only the inner products change: tensors stay float32, so nothing is cast back and forth as under autocast, and
+    small networks gain where autocast loses. A setting of the process.
+    """
+    bf16_on_cpu = config.actor.precision == "bf16" and device.type == "cpu"
+    torch.set_float32_matmul_precision("medium" if bf16_on_cpu else "highest")
+
+
 def num_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -219,7 +229,7 @@ def build_algorithm(config: Root, networks: Networks, device: torch.device, demo
         subsample_with_replacement=algorithm.subsample_with_replacement,
         backup_entropy=algorithm.backup_entropy,
         bootstrap=algorithm.bootstrap_type,
-        autocast=actor.precision == "bf16",
+        autocast=actor.precision == "bf16" and device.type != "cpu",
         compile=actor.compile_model,
         device=device,
         generator=torch_generator(learner_seed(config, "losses"), "noise", device),

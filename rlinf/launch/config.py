@@ -210,7 +210,9 @@ class ActorConfig(Config):
     )
     compile_model: bool = Field(False, description="Compile the losses with torch.compile.")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Number format of matrix products; weights and averages stay in float32."
+        "fp32",
+        description="Number format of matrix products; weights, averages and all else stay in float32. bf16 on a CPU "
+        "needs one with AMX or AVX512-BF16 and changes nothing on others; on a GPU it is autocast.",
     )
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the policy.")
     critic_optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the critics.")

@@ -22,6 +22,7 @@ from rlinf.launch.build import (
     num_cores,
     num_learner_threads,
     num_simulator_processes,
+    set_matmul_precision,
     simulates_on_cpu,
 )
 from rlinf.launch.config import Root
@@ -45,6 +46,7 @@ def train(config: Root) -> int:
     """
     run_dir = run_directory(config)
     device = device_of(config)
+    set_matmul_precision(config, device)
     checkpoint = find(config.runner.resume_dir) if config.runner.resume_dir is not None else None
     resume_step = verify(checkpoint, only=POLICY_FILE).global_step if checkpoint is not None else 0
     _refuse_to_overwrite(run_dir, checkpoint)
@@ -125,6 +127,7 @@ def schedule_of(config: Root) -> Schedule:
         segments=train.rollout_epoch,
         updates=config.algorithm.update_epoch,
         eval_interval=runner.val_check_interval,
+        film_every=config.env.eval.video_cfg.every if config.env.eval is not None else 0,
         save_interval=runner.save_interval,
         overlap=runner.overlap,
     )

@@ -39,11 +39,14 @@ class Evaluator:
     num_recorded: int = 0
     fps: float = 20.0
 
-    def run(self, reporter: Reporter, step: int) -> dict[str, float]:
-        """Evaluate the published weights. Returns means over the episodes, with the prefix `eval/`."""
+    def run(self, reporter: Reporter, step: int, *, film: bool = True) -> dict[str, float]:
+        """Evaluate the published weights. Returns means over the episodes, with the prefix `eval/`.
+
+        Without `film` nothing is recorded, whatever `num_recorded` says.
+        """
         seed = self.seed if self.same_episodes else derive_seed(self.seed, f"step/{step}")
         serving = self.rollout.run(RolloutWorker.serve, "eval")
-        recorded = [self.num_recorded] + [0] * (len(self.env) - 1)
+        recorded = [self.num_recorded if film else 0] + [0] * (len(self.env) - 1)
         jobs = [(self.episodes_per_env, self.chunks, seed, number) for number in recorded]
         parts = self.env.run_each(_evaluate, jobs).wait(watching=[serving])
         serving.wait()

@@ -34,6 +34,7 @@ class Schedule:
         segments: segments collected per global step.
         updates: calls of `Algorithm.update` per global step, once the algorithm is ready.
         eval_interval: global steps between evaluations, also at the end; 0 or less for none.
+        film_every: evaluations per filmed one, also at the end; 0 for the last alone.
         save_interval: global steps between checkpoints; 0 or less for one at the end only.
         overlap: collect the next segments while learning.
     """
@@ -43,12 +44,19 @@ class Schedule:
     segments: int = 1
     updates: int = 1
     eval_interval: int = 0
+    film_every: int = 1
     save_interval: int = 0
     overlap: bool = False
 
     def evaluates(self, step: int) -> bool:
         """Whether `step` ends with an evaluation."""
         return self.eval_interval > 0 and (step % self.eval_interval == 0 or step == self.num_steps)
+
+    def films(self, step: int) -> bool:
+        """Whether the evaluation at the end of `step` is filmed."""
+        if step == self.num_steps:
+            return True
+        return self.film_every > 0 and step // self.eval_interval % self.film_every == 0
 
     def saves(self, step: int) -> bool:
         """Whether `step` ends with a checkpoint."""
@@ -167,7 +175,9 @@ class _Run:
             if self.ahead is not None:
                 self.ahead.wait()
             self.crew.publish()
-            return evaluator.run(self.reporter, step) if not self.crew.stop.is_set() else {}
+            if self.crew.stop.is_set():
+                return {}
+            return evaluator.run(self.reporter, step, film=self.schedule.films(step))
 
     def _save(self, step: int) -> None:
         with self._timed("checkpoint"):

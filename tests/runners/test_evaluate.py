@@ -1,0 +1,26 @@
+import pytest
+
+from rlinf.runners.synchronous import Schedule
+from rlinf.runtime.local import Weights
+from tests.fakes import CountingActor, CountingEnv, RecordingReporter, build_evaluator
+
+
+@pytest.mark.parametrize(
+    ("film_every", "expected"), [(1, [2, 4, 6, 7]), (2, [4, 7]), (0, [7])], ids=["each", "second", "last"]
+)
+def test_which_evaluations_are_filmed(film_every, expected):
+    schedule = Schedule(num_steps=7, chunks=1, eval_interval=2, film_every=film_every)
+    evaluated = [step for step in range(1, 8) if schedule.evaluates(step)]
+    assert evaluated == [2, 4, 6, 7]
+    assert [step for step in evaluated if schedule.films(step)] == expected
+
+
+def test_an_evaluation_without_a_film_records_nothing():
+    evaluator = build_evaluator(
+        [[CountingEnv(3)]], CountingActor(), Weights(), episodes_per_env=1, chunks=10, seed=0, num_recorded=2
+    )
+    reporter = RecordingReporter()
+    evaluator.run(reporter, 1, film=False)
+    assert reporter.videos == {}
+    evaluator.run(reporter, 2)
+    assert list(reporter.videos) == ["eval_step_000002"]
