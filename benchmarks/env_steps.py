@@ -21,6 +21,7 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -224,7 +225,7 @@ def report(control_mode: str, processes: tuple[int, ...], sizes: tuple[int, ...]
             contenders += [
                 Contender(
                     row_name(runner.kind, count),
-                    lambda budget_s, runner=runner, count=count: runner.run(count, budget_s),
+                    partial(runner.run, count),
                     runner.pids(count),
                     peer=None if runner.kind == "as shipped" else row_name("as shipped", count),
                 )
@@ -257,7 +258,7 @@ def main() -> None:
         if arguments.quick:
             report(control_mode, (1,), (2,), rounds=2, budget_s=0.1)
         else:
-            report(control_mode, (1, 2), (16, 32), rounds=5, budget_s=2.0)
+            report(control_mode, (1, 2), (16, 32), arguments.rounds, arguments.seconds)
 
 
 if __name__ == "__main__":

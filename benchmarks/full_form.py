@@ -49,6 +49,7 @@ class FullFlowPolicy(nn.Module):
         self.log_std_head = nn.Linear(width, action_dim)
 
     def forward(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The walk from noise[:, 0] with noise[:, k + 1] in step k."""
         memory = self.obs_encoder(state).unsqueeze(1)
         x = noise[:, 0]
         log_prob = Normal(0.0, 1.0).log_prob(x).sum(-1)
@@ -83,6 +84,7 @@ class LoopedCritics(nn.Module):
         return nn.Sequential(*layers, nn.Linear(in_dim, 1))
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        """One network after the other."""
         features = torch.cat([state, action], -1)
         return torch.stack([head(features).squeeze(-1) for head in self.heads])
 

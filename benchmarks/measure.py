@@ -195,4 +195,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="tiny sizes and times: shows that it works, not how fast")
     made.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    made.add_argument("--rounds", type=int, default=5, help="turns of every contender (default: 5)")
+    made.add_argument("--seconds", type=float, default=2.0, help="time of a contender's turn (default: 2)")
     return made

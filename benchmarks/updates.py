@@ -52,6 +52,7 @@ class GivenBatch:
         self.batch = batch
 
     def sample(self, batch_size: int, env: object = None) -> Any:
+        """As both libraries ask for one."""
         return self.batch
 
 
@@ -255,9 +256,7 @@ def report_flow(num_critics: int, batch_size: int, stored: int, rounds: int, bud
         f"algorithm.critic_actor_ratio={FLOW_RATIO}",
     )
     gflop = gflop_per_update(ours, FLOW_RATIO)
-    theirs = FullFormSac(
-        *full_form(num_critics), target_entropy=ours.target_entropy, critic_actor_ratio=FLOW_RATIO
-    )
+    theirs = FullFormSac(*full_form(num_critics), target_entropy=ours.target_entropy, critic_actor_ratio=FLOW_RATIO)
     given: Transition = ours.sampler.sample(batch_size)
 
     def cycle(next_batch: Callable[[], Transition]) -> Callable[[], None]:
@@ -287,9 +286,7 @@ def report_flow(num_critics: int, batch_size: int, stored: int, rounds: int, bud
 def full_form(num_critics: int) -> tuple[FullFlowPolicy, LoopedCritics]:
     """The peer's networks at the sizes of the flow table."""
     torch.manual_seed(0)
-    actor = FullFlowPolicy(
-        STATE, ACTION, steps=FLOW_STEPS, width=FLOW_WIDTH, heads=FLOW_HEADS, layers=FLOW_LAYERS
-    )
+    actor = FullFlowPolicy(STATE, ACTION, steps=FLOW_STEPS, width=FLOW_WIDTH, heads=FLOW_HEADS, layers=FLOW_LAYERS)
     return actor, LoopedCritics(STATE + ACTION, (256, 256, 256), num_critics)
 
 
@@ -323,7 +320,7 @@ def main() -> None:
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     print_setting(arguments.threads)
-    rounds, budget_s = (2, 0.05) if arguments.quick else (5, 2.0)
+    rounds, budget_s = (2, 0.05) if arguments.quick else (arguments.rounds, arguments.seconds)
     shrink = 8 if arguments.quick else 1
     stored = 2_000 if arguments.quick else 100_000
     if arguments.only != "flow":

@@ -1,0 +1,40 @@
+"""Every policy solves a one-dimensional reach through the whole system: configuration, workers, replay, losses.
+
+Small enough to be deterministic in its outcome: the share of solved evaluation episodes starts near 0.1 and must
+end above 0.9.
+"""
+
+import json
+
+import pytest
+
+from rlinf.launch.parse import load_config
+from rlinf.launch.run import run_directory, train
+
+POLICIES = {
+    "gaussian": ["reach_sac_mlp"],
+    "flow transformer": ["reach_sac_flow"],
+    "flow transformer, learned noise": ["reach_sac_flow", "actor.model.flow_actor_type=FlowTActor"],
+    "gated flow": ["reach_sac_flow", "actor.model.flow_actor_type=FlowGActor"],
+    "flow with drift correction": ["reach_sac_flow", "actor.model.drift_correction=True"],
+}
+
+
+def solved(tmp_path, recipe, *overrides):
+    config = load_config(
+        recipe, [f"runner.logger.log_path={tmp_path}", "runner.logger.logger_backends=[]", *overrides]
+    )
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (run_directory(config) / "metrics.jsonl").read_text().splitlines()]
+    return [row["eval/success_once"] for row in rows if "eval/success_once" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", POLICIES.values(), ids=POLICIES.keys())
+def test_policy_learns_to_reach(tmp_path, arguments):
+    assert solved(tmp_path, *arguments)[-1] > 0.9
+
+
+@pytest.mark.slow
+def test_nothing_is_solved_without_learning(tmp_path):
+    assert solved(tmp_path, "reach_sac_flow", "algorithm.update_epoch=1", "runner.max_epochs=5")[-1] < 0.5
