@@ -256,7 +256,7 @@ def main() -> None:
     controls = [arguments.control] if arguments.control else list(CONTROL)
     for control_mode in controls[:1] if arguments.quick else controls:
         if arguments.quick:
-            report(control_mode, (1,), (2,), rounds=2, budget_s=0.1)
+            report(control_mode, (1,), (2,), rounds=1, budget_s=0.1)
         else:
             report(control_mode, (1, 2), (16, 32), arguments.rounds, arguments.seconds)
 

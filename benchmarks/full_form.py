@@ -7,7 +7,8 @@
     losses     of soft actor-critic, with a critic step per update and an actor and temperature step in every n-th
 
 The decoder is `torch.nn.TransformerDecoderLayer`, run in full at each of the K steps; the critics are separate
-modules evaluated one after the other; gradients come from `backward()` into `.grad`.
+modules evaluated one after the other; the temperature's loss samples actions of its own, after the actor's step;
+gradients come from `backward()` into `.grad`.
 
     B batch, S state size, A action size, D width, K steps, E critics
 """
@@ -27,11 +28,28 @@ LOG_STD_RANGE = (-5.0, 2.0)
 
 
 class FullFlowPolicy(nn.Module):
-    """Actions [B, A] and path log densities [B] from states [B, S] and noise [B, K + 1, A]."""
+    """Actions [B, A] and path log densities [B] from states [B, S] and noise [B, K + 1, A].
 
-    def __init__(self, obs_dim: int, action_dim: int, *, steps: int, width: int, heads: int, layers: int) -> None:
+    `backbone_dims` are widths of tanh layers before the observation's encoder.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        steps: int,
+        width: int,
+        heads: int,
+        layers: int,
+        backbone_dims: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.steps = steps
+        self.backbone = nn.Sequential()
+        for backbone_dim in backbone_dims:
+            self.backbone.extend([nn.Linear(obs_dim, backbone_dim), nn.Tanh()])
+            obs_dim = backbone_dim
         self.obs_encoder = nn.Sequential(nn.Linear(obs_dim, width // 2), nn.SiLU(), nn.Linear(width // 2, width))
         self.action_proj = nn.Linear(action_dim, width)
         self.time_embedding = nn.Sequential(
@@ -50,7 +68,7 @@ class FullFlowPolicy(nn.Module):
 
     def forward(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The walk from noise[:, 0] with noise[:, k + 1] in step k."""
-        memory = self.obs_encoder(state).unsqueeze(1)
+        memory = self.obs_encoder(self.backbone(state)).unsqueeze(1)
         x = noise[:, 0]
         log_prob = Normal(0.0, 1.0).log_prob(x).sum(-1)
         low, high = LOG_STD_RANGE
@@ -133,7 +151,8 @@ class FullFormSac:
             action, log_prob = self.actor(batch.obs["state"], self._noise(batch))
             q = self.critics(batch.obs["state"], action).amin(0)
             self._step((alpha * log_prob - q).mean(), self.actor_optimizer, self.actor)
-            entropy = -log_prob.detach().mean()
+            with torch.no_grad():
+                entropy = -self.actor(batch.obs["state"], self._noise(batch))[1].mean()
             self.alpha_optimizer.zero_grad()
             (nn.functional.softplus(self.raw_alpha) * (entropy - self.target_entropy)).backward()
             self.alpha_optimizer.step()

@@ -52,8 +52,8 @@ PEER = "stable_baselines3"
 QUICK_OVERRIDES = (
     "runner.max_epochs=2",
     "env.train.total_num_envs=4",
-    "env.train.num_workers=1",
-    "env.eval.num_workers=1",
+    "env.train.num_workers=0",
+    "env.eval.num_workers=0",
     "algorithm.update_epoch=2",
     "algorithm.replay_buffer.min_buffer_size=16",
     "actor.global_batch_size=16",
@@ -286,6 +286,7 @@ def play(trial: Trial, options: argparse.Namespace, record: Record, runs_after: 
                 break
             if not ended and reached is None:
                 time.sleep(POLL_S)
+        at = reached or watch.point()
     finally:
         watch.stop()
     about = {
@@ -297,7 +298,7 @@ def play(trial: Trial, options: argparse.Namespace, record: Record, runs_after: 
         "episodes": options.episodes,
         "load": os.getloadavg()[0],
     }
-    result = Result(trial.name, trial.seed, reached is not None, watch.best, reached or watch.point(), problem, about)
+    result = Result(trial.name, trial.seed, reached is not None, watch.best, at, problem, about)
     record.append("run", asdict(result))
     if problem:
         print(f"{trial.name}, seed {trial.seed}, failed with {problem}", flush=True)
@@ -349,7 +350,7 @@ def print_ratios(own: Sequence[Result], peers: Sequence[Result]) -> None:
         for kind in ("wall", "train", "cpu")
     }
     shown = ", ".join(f"{kind} {bound}{value:.2f}" for kind, value in ratios.items())
-    print(f"  {PEER} takes so many times as long (medians): {shown}")
+    print(f"  {PEER} / rlinf, medians: {shown}")
 
 
 # ---- the command
@@ -385,7 +386,8 @@ def main() -> int:
     options = read_command(sys.argv[1:])
     record = Record(options.out)
     if options.report:
-        print_results(record.results(), options.until)
+        results = record.results()
+        print_results(results, results[-1].about["until"] if results else options.until)
         return 0
     if options.peer and importlib.util.find_spec("stable_baselines3") is None:
         print("error: --peer sb3 needs `bash requirements/install.sh embodied --bench`", file=sys.stderr)
@@ -402,7 +404,7 @@ def main() -> int:
     print(f"commit {commit()}; {datetime.date.today().isoformat()}; results go to {options.out}", flush=True)
     # As Ctrl-C: the run in progress is stopped before this program ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    results: list[Result] = []
+    results = []
     try:
         for number, trial in enumerate(trials, start=1):
             results.append(play(trial, options, record, len(trials) - number))

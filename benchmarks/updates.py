@@ -2,7 +2,7 @@
 
     python benchmarks/updates.py                        # all tables, about ten minutes
     python benchmarks/updates.py --only mlp --threads 2
-    python benchmarks/updates.py --quick                # smaller batches, some seconds
+    python benchmarks/updates.py --quick                # one table of each kind with small batches, some seconds
 
 mlp    Gaussian policy, two critics, batch 256, on networks 3x256 and 2x256 with relu. Both learners have the same
        networks, batch, threads and replay contents, and update critic, actor and temperature every time.
@@ -10,7 +10,8 @@ mlp    Gaussian policy, two critics, batch 256, on networks 3x256 and 2x256 with
        in the critics and running normalisation of the state.
 flow   Flow-T policy and batch of the published recipe (batch 512, D = 96, two layers, K = 4, critics 3x256 with
        layer norm and tanh, an actor update in every third), with 2 and 10 critics. The peer is `full_form.py`: the
-       same function and losses with the full decoder at every step and a loop over critics.
+       same function and losses with the full decoder at every step and a loop over critics. "state 3x256" adds the
+       tanh layers that the published recipe's code has before the flow network, and rlinf's recipe has not.
 
 bf16 is `actor.precision: bf16` on a CPU: float32 tensors, inner products in bfloat16 where the processor has them.
 The peers get the same setting in rows of their own. "batch given" leaves the replay buffer out.
@@ -256,23 +257,31 @@ def report_flow(num_critics: int, batch_size: int, stored: int, rounds: int, bud
         f"algorithm.critic_actor_ratio={FLOW_RATIO}",
     )
     gflop = gflop_per_update(ours, FLOW_RATIO)
-    theirs = FullFormSac(*full_form(num_critics), target_entropy=ours.target_entropy, critic_actor_ratio=FLOW_RATIO)
     given: Transition = ours.sampler.sample(batch_size)
 
-    def cycle(next_batch: Callable[[], Transition]) -> Callable[[], None]:
+    def peer(draw: Callable[[], Transition], backbone_dims: tuple[int, ...] = ()) -> Run:
+        learner = FullFormSac(
+            *full_form(num_critics, backbone_dims),
+            target_entropy=ours.target_entropy,
+            critic_actor_ratio=FLOW_RATIO,
+        )
+
         def updates() -> None:
             for _ in range(FLOW_RATIO):
-                theirs.update(next_batch())
+                learner.update(draw())
 
-        return updates
+        return repeat(updates, FLOW_RATIO)
+
+    def stored_batch() -> Transition:
+        return ours.sampler.sample(batch_size)
 
     ours_runs = both_ways(ours, "sampler", batch_size, several(ours, FLOW_RATIO), FLOW_RATIO)
-    their_runs = [
-        repeat(cycle(lambda: ours.replay.sample(batch_size)), FLOW_RATIO),  # type: ignore[attr-defined]
-        repeat(cycle(lambda: given), FLOW_RATIO),
-    ]
     runs = [(f"rlinf{source}", run) for source, run in zip(SOURCES, ours_runs, strict=True)]
-    runs += [(f"full form{source}", run) for source, run in zip(SOURCES, their_runs, strict=True)]
+    runs += [
+        ("full form", peer(stored_batch)),
+        ("full form, batch given", peer(lambda: given)),
+        ("full form, state 3x256", peer(stored_batch, (256, 256, 256))),
+    ]
 
     def peer_of(name: str) -> str | None:
         if not name.startswith("rlinf"):
@@ -283,10 +292,18 @@ def report_flow(num_critics: int, batch_size: int, stored: int, rounds: int, bud
     measure(title, runs, peer_of, gflop, rounds, budget_s)
 
 
-def full_form(num_critics: int) -> tuple[FullFlowPolicy, LoopedCritics]:
+def full_form(num_critics: int, backbone_dims: tuple[int, ...] = ()) -> tuple[FullFlowPolicy, LoopedCritics]:
     """The peer's networks at the sizes of the flow table."""
     torch.manual_seed(0)
-    actor = FullFlowPolicy(STATE, ACTION, steps=FLOW_STEPS, width=FLOW_WIDTH, heads=FLOW_HEADS, layers=FLOW_LAYERS)
+    actor = FullFlowPolicy(
+        STATE,
+        ACTION,
+        steps=FLOW_STEPS,
+        width=FLOW_WIDTH,
+        heads=FLOW_HEADS,
+        layers=FLOW_LAYERS,
+        backbone_dims=backbone_dims,
+    )
     return actor, LoopedCritics(STATE + ACTION, (256, 256, 256), num_critics)
 
 
@@ -309,8 +326,8 @@ def measure(
     print_table(f"{title}; {rounds} rounds of {budget_s:g} s", "updates", contenders, results)
     peak = {p: number(gflop * float(np.median(results[limit_name(p)].wall))) for p in PRECISIONS}
     print(
-        f"x peer: against float32 of the peer. One rlinf update multiplies and adds {gflop:.2f} GFLOP in matrices; "
-        f"the machine\ndoes {peak['fp32']} GFLOP/s in fp32 and {peak['bf16']} in bf16"
+        f"x peer: against float32 of the peer. The matrix products of one rlinf update are {number(gflop)} GFLOP;\n"
+        f"the machine does {peak['fp32']} GFLOP/s in fp32 and {peak['bf16']} in bf16"
     )
 
 
@@ -320,15 +337,15 @@ def main() -> None:
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     print_setting(arguments.threads)
-    rounds, budget_s = (2, 0.05) if arguments.quick else (arguments.rounds, arguments.seconds)
-    shrink = 8 if arguments.quick else 1
-    stored = 2_000 if arguments.quick else 100_000
+    quick = arguments.quick
+    rounds, budget_s = (1, 0.02) if quick else (arguments.rounds, arguments.seconds)
+    stored = 2_000 if quick else 100_000
     if arguments.only != "flow":
-        for layers in (3, 2):
-            report_mlp(layers, 256 // shrink, stored, rounds, budget_s)
+        for layers in (3,) if quick else (3, 2):
+            report_mlp(layers, 32 if quick else 256, stored, rounds, budget_s)
     if arguments.only != "mlp":
-        for num_critics in (2, 10):
-            report_flow(num_critics, 512 // shrink, stored, rounds, budget_s)
+        for num_critics in (2,) if quick else (2, 10):
+            report_flow(num_critics, 32 if quick else 512, stored, rounds, budget_s)
 
 
 if __name__ == "__main__":

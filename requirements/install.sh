@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a recipe needs into a virtual environment, and says what it could not do.
 #
-#   bash requirements/install.sh embodied [--model M] [--env E]... [--use-mirror] [--dev] [--venv DIR]
+#   bash requirements/install.sh embodied [--model M] [--env E]... [--use-mirror] [--dev] [--bench] [--venv DIR]
 #
 # Safe to repeat (a second call returns at once), safe to interrupt (the next call goes on), and free of addresses:
 # packages come from where pip and apt of this machine are told to look.
@@ -12,7 +12,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT
 readonly CONSTRAINTS=$ROOT/requirements/constraints-cpu.txt
 readonly TORCH=torch==2.13.0
-readonly OPTIONS="--env --model --use-mirror --dev --venv --help"
+readonly OPTIONS="--env --model --use-mirror --dev --bench --venv --help"
 readonly PYTHONS="python3.11 python3.12 python3.10 python3.13 python3"
 
 # Everything that the five seed recipes name. "later" is accepted and reported: the recipe is not in this version.
@@ -38,12 +38,13 @@ could_not() { COULD_NOT+=("$*"); }
 
 usage() {
     cat <<TEXT
-bash requirements/install.sh embodied [--model M] [--env E]... [--use-mirror] [--dev] [--venv DIR]
+bash requirements/install.sh embodied [--model M] [--env E]... [--use-mirror] [--dev] [--bench] [--venv DIR]
 
   --env E       simulator to install, may be given several times: $ENVS
   --model M     model whose packages to install: $MODELS
   --use-mirror  take packages from the mirror named by RLINF_PIP_MIRROR or PIP_INDEX_URL
   --dev         also the tools of the tests (pytest, ruff, mypy)
+  --bench       also what the benchmarks compare with (stable-baselines3)
   --venv DIR    virtual environment to make or complete (default: .venv of the repository)
 
 PYTHON=/path/to/python3.11 chooses the interpreter. RLINF_DEVICE=cpu|cuda overrides the detection of a GPU.
@@ -99,6 +100,7 @@ parse_arguments() {
             --venv) VENV=$2 && shift 2 ;;
             --use-mirror) USE_MIRROR=yes && shift ;;
             --dev) EXTRAS+=(dev) && shift ;;
+            --bench) EXTRAS+=(bench) && shift ;;
             -h | --help) usage && exit 0 ;;
             *) die "unknown argument '$1'; did you mean $(nearest "$1" "$OPTIONS")?" ;;
         esac

@@ -50,6 +50,10 @@ def test_every_name_of_the_seed_recipes_is_accepted():
     )
 
 
+def test_tools_of_tests_and_benchmarks_are_asked_for_by_name():
+    assert call("install.sh", 'parse_arguments embodied --dev --bench; echo "${EXTRAS[@]}"') == "dev bench"
+
+
 def test_mirror_comes_from_the_environment_and_its_absence_is_reported():
     chosen = "USE_MIRROR=yes RLINF_PIP_MIRROR=file:///mirror; choose_mirror; echo $PIP_INDEX_URL"
     assert call("install.sh", chosen) == "file:///mirror"
