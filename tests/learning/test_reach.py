@@ -21,9 +21,7 @@ POLICIES = {
 
 
 def solved(tmp_path, recipe, *overrides):
-    config = load_config(
-        recipe, [f"runner.logger.log_path={tmp_path}", "runner.logger.logger_backends=[]", *overrides]
-    )
+    config = load_config(recipe, [f"runner.logger.log_path={tmp_path}", "runner.logger.logger_backends=[]", *overrides])
     assert train(config) == 0
     rows = [json.loads(line) for line in (run_directory(config) / "metrics.jsonl").read_text().splitlines()]
     return [row["eval/success_once"] for row in rows if "eval/success_once" in row]
