@@ -19,12 +19,17 @@ from rlinf.models.modules.mlp import ACTIVATIONS, ActivationName
 
 
 class EnsembleLinear(nn.Module):
-    """E independent linear layers: [E, B, in] → [E, B, out]."""
+    """E independent linear layers: [E, B, in] → [E, B, out], begun like `torch.nn.Linear`.
+
+    That start is 2.4 times smaller than He's. It matters: under layer normalisation the effective step goes with
+    1/‖w‖², and without it a large start makes Q rough in the action (docs/LOG.md).
+    """
 
     def __init__(self, num_heads: int, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, in_dim, out_dim))
-        self.bias = nn.Parameter(torch.zeros(num_heads, 1, out_dim))
+        bound = 1 / math.sqrt(in_dim)
+        self.weight = nn.Parameter(torch.empty(num_heads, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_heads, 1, out_dim).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
         """One product per head; an input without head axis [B, in] is shared by all heads."""
@@ -51,8 +56,7 @@ class EnsembleLayerNorm(nn.Module):
 class QEnsemble(nn.Module):
     """Q_e(features, action) for e = 1 … E: hidden layers [linear, layer norm, activation], then a scalar.
 
-    Each head has the weights it would have alone: He-uniform hidden layers, a small last layer so that the
-    first targets are about the rewards, and no sharing of any parameter.
+    Each head has the weights it would have alone; no parameter is shared.
     """
 
     def __init__(
@@ -69,16 +73,12 @@ class QEnsemble(nn.Module):
         layers: list[nn.Module] = []
         for width in hidden_dims:
             linear = EnsembleLinear(num_heads, in_dim, width)
-            bound = math.sqrt(6 / in_dim) if activation != "tanh" else 5 / 3 * math.sqrt(6 / (in_dim + width))
-            nn.init.uniform_(linear.weight, -bound, bound)
             layers.append(linear)
             if layer_norm:
                 layers.append(EnsembleLayerNorm(num_heads, width))
             layers.append(ACTIVATIONS[activation]())
             in_dim = width
-        head = EnsembleLinear(num_heads, in_dim, 1)
-        nn.init.normal_(head.weight, std=0.02)
-        self.net = nn.Sequential(*layers, head)
+        self.net = nn.Sequential(*layers, EnsembleLinear(num_heads, in_dim, 1))
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
         """Q values [E, B] in float32."""
