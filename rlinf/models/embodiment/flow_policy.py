@@ -24,11 +24,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rlinf.core.config import Config
 from rlinf.core.protocols import Mode
 from rlinf.core.types import ActionOut, Obs
 from rlinf.functional.flow import Velocity, integrate, largest_corrected_std, sample_path
 from rlinf.functional.squash import UNIT_GAUSSIAN_ENTROPY, tanh_log_det
+from rlinf.models.embodiment.state_policy import ActivationKey, StatePolicyConfig
 from rlinf.models.modules.flow_actor import FlowGate, FlowTransformer, NoiseRange
 from rlinf.models.modules.mlp import mlp
 from rlinf.models.modules.running_norm import RunningNorm
@@ -39,20 +39,10 @@ SQUASH_ENTROPY_PER_DIM = -1.0
 """E log(1 − tanh²x) that the default target allows per action element; a uniform action on (−1, 1) has −0.61."""
 
 
-class FlowPolicyConfig(Config):
+class FlowPolicyConfig(StatePolicyConfig):
     """Keys of `actor.model` for `model_type: flow_policy`."""
 
     model_type: Literal["flow_policy"] = Field("flow_policy", description="Selects this policy.")
-    input_type: Literal["state"] = Field("state", description="What the policy sees: the state vector.")
-    policy_setup: str | None = Field(
-        "panda-ee-dpos",
-        description="Robot and action convention; fixes the simulator's control mode. `panda-ee-dpos`: end-effector "
-        "position change and gripper (4). `panda-qpos`: joint changes and gripper (8).",
-    )
-    obs_dim: int | None = Field(None, gt=0, description="Expected size of the state; checked against the env.")
-    action_dim: int | None = Field(None, gt=0, description="Expected size of an action; checked against the env.")
-    num_action_chunks: int = Field(1, gt=0, description="H, actions per decision, played open loop.")
-    normalize_obs: bool = Field(True, description="Normalise the state by its running mean and deviation.")
     backbone_dims: tuple[int, ...] = Field((), description="Widths of tanh layers between state and flow network.")
     flow_actor_type: FlowActorType = Field(
         "JaxFlowTActor",
@@ -81,10 +71,7 @@ class FlowPolicyConfig(Config):
         description="Add ½ s² ∇log p_t to every step, so that the noise does not widen the action distribution of a "
         "matched flow. Needs s ≤ √(2/K) at the largest noise that the ranges above allow.",
     )
-    num_q_heads: int = Field(2, gt=0, description="E, critics in the ensemble.")
-    q_hidden_dims: tuple[int, ...] = Field((256, 256, 256), description="Widths of the critics' hidden layers.")
-    q_activation: Literal["relu", "tanh", "silu", "gelu"] = Field("tanh", description="Critics' activation.")
-    q_layer_norm: bool = Field(True, description="Layer normalisation after every hidden layer of the critics.")
+    q_activation: ActivationKey = Field("tanh", description="Critics' activation.")
 
     def noise_ranges(self) -> tuple[NoiseRange, NoiseRange]:
         """The noise in losses and when acting."""

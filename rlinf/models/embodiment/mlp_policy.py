@@ -11,35 +11,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rlinf.core.config import Config
 from rlinf.core.protocols import Mode
 from rlinf.core.types import ActionOut, Obs
 from rlinf.functional.squash import gaussian_log_prob, tanh_log_det
+from rlinf.models.embodiment.state_policy import ActivationKey, StatePolicyConfig
 from rlinf.models.modules.mlp import mlp
 from rlinf.models.modules.running_norm import RunningNorm
 
 
-class MlpPolicyConfig(Config):
+class MlpPolicyConfig(StatePolicyConfig):
     """Keys of `actor.model` for `model_type: mlp_policy`."""
 
     model_type: Literal["mlp_policy"] = Field("mlp_policy", description="Selects this policy.")
-    policy_setup: str | None = Field(
-        "panda-ee-dpos",
-        description="Robot and action convention; fixes the simulator's control mode. `panda-ee-dpos`: end-effector "
-        "position change and gripper (4). `panda-qpos`: joint changes and gripper (8).",
-    )
-    obs_dim: int | None = Field(None, gt=0, description="Expected size of the state; checked against the env.")
-    action_dim: int | None = Field(None, gt=0, description="Expected size of an action; checked against the env.")
-    num_action_chunks: int = Field(1, gt=0, description="H, actions per decision, played open loop.")
-    normalize_obs: bool = Field(True, description="Normalise the state by its running mean and deviation.")
     hidden_dims: tuple[int, ...] = Field((256, 256, 256), description="Widths of the actor's hidden layers.")
-    activation: Literal["relu", "tanh", "silu", "gelu"] = Field("relu", description="Actor's activation.")
+    activation: ActivationKey = Field("relu", description="Actor's activation.")
     log_std_min: float = Field(-5.0, description="Lower end of the log deviation before the tanh.")
     log_std_max: float = Field(2.0, description="Upper end of the log deviation before the tanh.")
-    num_q_heads: int = Field(2, gt=0, description="E, critics in the ensemble.")
-    q_hidden_dims: tuple[int, ...] = Field((256, 256, 256), description="Widths of the critics' hidden layers.")
-    q_activation: Literal["relu", "tanh", "silu", "gelu"] = Field("relu", description="Critics' activation.")
-    q_layer_norm: bool = Field(True, description="Layer normalisation after every hidden layer of the critics.")
 
 
 class MlpPolicy(nn.Module):
@@ -63,7 +50,7 @@ class MlpPolicy(nn.Module):
         action_dim: int,
         hidden_dims: tuple[int, ...],
         *,
-        activation: Literal["relu", "tanh", "silu", "gelu"] = "relu",
+        activation: ActivationKey = "relu",
         log_std_min: float = -5.0,
         log_std_max: float = 2.0,
         normalizer: RunningNorm | None = None,
