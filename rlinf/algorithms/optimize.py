@@ -1,8 +1,9 @@
 """One gradient step, the same everywhere: accumulate over micro-batches, clip by the true norm, step.
 
-Gradients are taken by `torch.autograd.grad` with respect to the parameters of one network. So a loss that runs
-through other networks (the actor's, through the critics) leaves nothing behind in them, and neither the step nor
-its norm can contain gradients of an earlier loss.
+Gradients are accumulated into the parameters of one network alone (`backward(inputs=...)`), from zero. So a loss that
+runs through other networks (the actor's, through the critics) leaves nothing behind in them, and neither the step
+nor its norm can contain gradients of an earlier loss. `torch.autograd.grad` would do the same, but its gradients
+may be laid out unlike their parameters, and the fused optimizers read both as if they were not.
 """
 
 from __future__ import annotations
@@ -88,28 +89,25 @@ class Stepper:
         Returns the means of its statistics over them, with `grad_norm` (before clipping) and `lr`.
         """
         share = 1 / len(micro_batches)
-        grads: list[Tensor] | None = None
         metrics: Metrics = {}
+        self.optimizer.zero_grad(set_to_none=True)
         for micro_batch in micro_batches:
             loss, stats = loss_of(micro_batch)
-            new = torch.autograd.grad(loss * share if share < 1 else loss, self.parameters)
-            grads = list(new if grads is None else torch._foreach_add(grads, new))
+            (loss * share if share < 1 else loss).backward(inputs=self.parameters)
             metrics = {name: metrics.get(name, 0.0) + value * share for name, value in stats.items()}
-        assert grads is not None
-        norm = self._apply(grads)
-        return metrics | {"grad_norm": norm, "lr": self.lr}
+        lr, norm = self.lr, self._apply()
+        return metrics | {"grad_norm": norm, "lr": lr}
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
         return self.settings.lr * self.settings.scale_at(self.steps)
 
-    def _apply(self, grads: list[Tensor]) -> Tensor:
+    def _apply(self) -> Tensor:
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         if self.settings.clip_grad is not None:
             torch._foreach_mul_(grads, (self.settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-        for parameter, grad in zip(self.parameters, grads, strict=True):
-            parameter.grad = grad
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         # The fused optimizers skip the step where this flag is 1 (torch.amp.GradScaler relies on the same).

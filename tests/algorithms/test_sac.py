@@ -11,6 +11,7 @@ from rlinf.algorithms.optimize import OptimizerSettings, Stepper, track
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core.errors import CheckpointError
 from rlinf.core.types import Transition
+from rlinf.models.modules.q_ensemble import QEnsemble
 
 
 class Constant:
@@ -279,6 +280,25 @@ def test_stepper_is_adam():
         (theirs - 1).square().sum().backward()
         adam.step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_stepper_is_adam_for_every_layout_of_gradient():
+    """Batched and transposed weights: the fused optimizer must not read a gradient in another order than its weight."""
+    torch.manual_seed(0)
+    ours, theirs = (QEnsemble(5, (8, 6), 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    features, action, target = torch.randn(32, 3), torch.randn(32, 2), torch.randn(2, 32)
+    stepper, adam = (
+        Stepper(ours.parameters(), OptimizerSettings(lr=0.01)),
+        torch.optim.Adam(theirs.parameters(), lr=0.01),
+    )
+    for _ in range(5):
+        stepper.descend(lambda _: ((ours(features, action) - target).square().mean(), {}), [None])
+        adam.zero_grad()
+        (theirs(features, action) - target).square().mean().backward()
+        adam.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
