@@ -267,7 +267,7 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
     stepper = Stepper([p], OptimizerSettings(clip_grad=1.0))
     metrics = stepper.descend(quadratic(p), [torch.zeros(2)])
     assert metrics["grad_norm"].item() == pytest.approx(10.0)
-    first_moment = stepper.optimizer.state[p]["exp_avg"]
+    first_moment = stepper.optimizer.state[stepper.flat]["exp_avg"]
     torch.testing.assert_close(first_moment, 0.1 * torch.tensor([0.6, 0.8]), atol=1e-6, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlinf.core.protocols import Mode
 from rlinf.core.types import ActionOut, Obs
-from rlinf.functional.squash import gaussian_log_prob, tanh_log_det
+from rlinf.functional.squash import tanh_log_det, unit_gaussian_log_prob
 from rlinf.models.embodiment.state_policy import ActivationKey, StatePolicyConfig
 from rlinf.models.modules.mlp import mlp
 from rlinf.models.modules.running_norm import RunningNorm
@@ -66,13 +66,14 @@ class MlpPolicy(nn.Module):
         state = obs["state"] if self.normalizer is None else self.normalizer(obs["state"])
         mean, raw = self.net(state).float().chunk(2, -1)
         log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (torch.tanh(raw) + 1)
-        return mean, log_std.exp()
+        return mean, log_std
 
     def sample(self, obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Actions [B, H·A] in (−1, 1) and their log densities [B]; noise ε [B, H·A]."""
-        mean, std = self._gaussian(obs)
-        x = mean + std * noise
-        return torch.tanh(x), gaussian_log_prob(x, mean, std) - tanh_log_det(x)
+        mean, log_std = self._gaussian(obs)
+        x = mean + log_std.exp() * noise
+        # log N(x; μ, σ²) at x = μ + σ ε depends on ε and σ alone.
+        return torch.tanh(x), unit_gaussian_log_prob(noise) - log_std.sum(-1) - tanh_log_det(x)
 
     @torch.no_grad()
     def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:

@@ -1,7 +1,7 @@
 """E action values evaluated as one batched network.
 
-The first layer is a single matrix product (all heads see the same input), the others are batched products:
-on a GPU that is E times fewer kernels than a loop over heads, in bfloat16 on a CPU 1.5 to 3 times faster.
+Every layer is one batched product: on a GPU that is E times fewer kernels than a loop over heads, in bfloat16 on a
+CPU 1.5 to 3 times faster.
 
     E critics, B batch, D hidden width
 """
@@ -33,24 +33,27 @@ class EnsembleLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """One product per head; an input without head axis [B, in] is shared by all heads."""
-        if x.dim() == 2:
-            heads, in_dim, out_dim = self.weight.shape
-            flat = x @ self.weight.transpose(0, 1).reshape(in_dim, heads * out_dim)
-            return flat.view(-1, heads, out_dim).transpose(0, 1) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
+        if self.weight.shape[-1] == 1:
+            # A product with a column is memory traffic: on CPUs a third of a batched product's time.
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
+        return torch.baddbmm(self.bias, x.expand(len(self.weight), *x.shape[-2:]), self.weight)
 
 
 class EnsembleLayerNorm(nn.Module):
     """Layer normalisation over the last axis with a scale and shift per head."""
 
+    ones: Tensor
+
     def __init__(self, num_heads: int, dim: int) -> None:
         super().__init__()
+        # Torch's kernel for CPUs takes twice as long when it is given no scale.
+        self.register_buffer("ones", torch.ones(dim), persistent=False)
         self.weight = nn.Parameter(torch.ones(num_heads, 1, dim))
         self.bias = nn.Parameter(torch.zeros(num_heads, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """[E, B, D] → [E, B, D]."""
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], self.ones), self.weight)
 
 
 class QEnsemble(nn.Module):
