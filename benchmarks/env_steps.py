@@ -34,7 +34,7 @@ from rlinf.envs.maniskill.config import InitParams, ManiSkillConfig
 from rlinf.envs.maniskill.env import make
 from rlinf.envs.maniskill.fast import ARM_JOINTS, FastScene
 from rlinf.envs.maniskill.novulkan import no_visuals
-from rlinf.envs.maniskill.scene import SceneSpec, begin_world, open_world
+from rlinf.envs.maniskill.scene import SceneSpec
 
 TASK = "PickCube-v1"
 CONTROL = {"pd_ee_delta_pos": ("end-effector control", 4), "pd_joint_delta_pos": ("joint control", 8)}
@@ -96,7 +96,8 @@ def scene_loop(control_mode: str, seed: int) -> Callable[[], object]:
 
 def physics(control_mode: str, seed: int) -> Callable[[], object]:
     """Drive targets near the present joints, then the physics steps of one action."""
-    world = open_world(SceneSpec(TASK, control_mode))
+    scene = FastScene(SceneSpec(TASK, control_mode))
+    world = scene._world
     arm = world.agent.robot._objs[0]
     joints = arm.active_joints[:ARM_JOINTS]
     moves = itertools.cycle(JOINT_STEP_RAD * random_actions(1000, ARM_JOINTS, seed=seed))
@@ -104,7 +105,7 @@ def physics(control_mode: str, seed: int) -> Callable[[], object]:
 
     def step() -> None:
         if (steps := next(count)) % EPISODE_STEPS == 0:
-            begin_world(world, seed + steps, observe=False)
+            scene.begin(seed + steps)
         for joint, target in zip(joints, (arm.qpos[:ARM_JOINTS] + next(moves)).tolist(), strict=True):
             joint.set_drive_target(target)
         for _ in range(world._sim_steps_per_control):

@@ -80,6 +80,15 @@ def test_fast_step_equals_maniskills(task, control_mode, choose, reward):
         assert grasps >= 20
 
 
+@pytest.mark.parametrize("task", ["PickCube-v1", "PushCube-v1"])
+def test_episodes_begin_as_maniskills(task):
+    spec = SceneSpec(task, "pd_joint_delta_pos")
+    slow, fast = ManiSkillScene(spec), FastScene(spec)
+    for seed in np.random.default_rng(0).integers(2**31, size=150).tolist():
+        slow.begin(seed), fast.begin(seed)
+        assert slow.observe().tobytes() == fast.observe().tobytes()
+
+
 def test_says_why_a_scene_cannot_be_stepped_fast():
     assert why_not_fast(SceneSpec("PickCube-v1", "pd_ee_delta_pos")) is None
     assert "not for StackCube-v1" in why_not_fast(SceneSpec("StackCube-v1", "pd_ee_delta_pos"))

@@ -1,12 +1,12 @@
 """Step a ManiSkill scene of the Panda arm without tensors.
 
 A ManiSkill step of one world spends nine tenths of its time on tensors with a batch of one; the physics is the
-rest. Here the same scene, built and begun by ManiSkill, is driven through SAPIEN's own objects: controller,
-observation and reward are computed with numpy and floats, from the constants of ManiSkill's controllers.
-`tests/envs/test_maniskill_fast.py` holds both against each other.
+rest. Here the same scene, built by ManiSkill, is begun and driven through SAPIEN's own objects: initial state,
+controller, observation and reward are computed with numpy and floats, from the constants of ManiSkill's
+controllers. `tests/envs/test_maniskill_fast.py` holds both against each other.
 
-Tasks are in `TASKS`; a further one is a class with `read`. Reward formulas are those of
-mani_skill/envs/tasks/tabletop/{pick_cube,push_cube}.py.
+Tasks are in `TASKS`; a further one is a class with `place` and `read`. Initial states and reward formulas are those
+of mani_skill/envs/tasks/tabletop/{pick_cube,push_cube}.py and mani_skill/utils/scene_builder/table.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from rlinf.envs.maniskill.scene import SceneSpec, begin_world, open_world, render_world
+from rlinf.envs.maniskill.scene import SceneSpec, open_world, render_world, renew_physics
 
 ARM_JOINTS = 7
 CONTROL_MODES = ("pd_ee_delta_pos", "pd_joint_delta_pos")
@@ -27,6 +28,9 @@ GRASP_ANGLE_DEG = 85.0
 STATIC_SPEED_RAD_PER_S = 0.2
 FINGER_REACH_M = 0.15
 """Beyond this distance between tool centre and object no finger can touch it, so contacts are not asked for."""
+REST_QPOS = (0.0, math.pi / 8, 0.0, -math.pi * 5 / 8, 0.0, math.pi * 3 / 4, math.pi / 4, 0.04, 0.04)
+OPEN_FINGER_M = 0.04
+BASE_PLACE = (-0.615, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,13 @@ class Reading:
 
 
 class FastTask(Protocol):
-    """A task's observation and dense reward, from the robot's reading."""
+    """A task's initial state, observation and dense reward, from the robot's reading."""
 
+    num_draws: int
     max_reward: float
 
-    def bind(self) -> None:
-        """Take what is constant during an episode, such as the goal."""
+    def place(self, draws: np.ndarray) -> None:
+        """Lay out the objects of an episode, at rest, from float32 [num_draws] in [0, 1)."""
         ...
 
     def read(self, panda: Panda) -> Reading:
@@ -61,22 +66,56 @@ def _closeness(distance: float) -> float:
     return 1.0 - math.tanh(5.0 * distance)
 
 
+def _turned_about_z(angle: np.float32) -> np.ndarray:
+    """Quaternion, float32 [4], to the bit as ManiSkill's `random_quaternions` makes it by way of a matrix."""
+    # numpy's sine, cosine and square root differ from torch's in the last bit.
+    turn = torch.tensor([angle])
+    cos, sin = np.float32(turn.cos().item()), np.float32(turn.sin().item())
+    one = np.float32(1)
+    w, z = torch.tensor([one + cos + cos + one, one - cos - cos + one]).clamp(min=0).sqrt().numpy()
+    if w >= z:
+        return np.array((w * w, 0, 0, sin + sin), np.float32) / (2 * w)
+    quaternion = np.array((sin + sin, 0, 0, z * z), np.float32) / (2 * z)
+    return -quaternion if sin < 0 else quaternion
+
+
+def _stop(body: Any) -> None:
+    body.linear_velocity = body.angular_velocity = np.zeros(3, np.float32)
+
+
 class PickCube:
     """Grasp the cube and hold it still at the goal.
 
     S = 42: qpos 9, qvel 9, grasped 1, tcp pose 7, goal 3, cube pose 7, cube − tcp 3, goal − cube 3.
     """
 
+    num_draws = 2 + 3 + 2 + 1
     max_reward = 5.0
 
     def __init__(self, world: Any) -> None:
+        import sapien
+
+        self._pose = sapien.Pose
         self._cube, self._goal_site = world.cube._objs[0], world.goal_site._objs[0]
+        self._body = world.cube._bodies[0]
         self._goal_radius = world.goal_thresh
+        self._half_size, self._max_height = world.cube_half_size, world.max_goal_height
+        self._spawn_half_size = world.cube_spawn_half_size
+        self._spawn_center = np.array(world.cube_spawn_center, np.float32)
         self._goal = np.zeros(3, np.float32)
 
-    def bind(self) -> None:
-        """As `FastTask.bind`."""
+    def place(self, draws: np.ndarray) -> None:
+        """As `FastTask.place`; draws: cube x y, three angles of which only the last counts, goal x y z."""
+        _stop(self._body)
+        height = np.float32(self._half_size)
+        turn = _turned_about_z(draws[4] * np.float32(2 * math.pi))
+        self._cube.pose = self._pose(np.append(self._spot(draws[:2]), height), turn)
+        goal = np.append(self._spot(draws[5:7]), draws[7] * np.float32(self._max_height) + height)
+        self._goal_site.pose = self._pose(goal)
         self._goal = self._goal_site.pose.p
+
+    def _spot(self, draws: np.ndarray) -> np.ndarray:
+        return draws * self._spawn_half_size * 2 - self._spawn_half_size + self._spawn_center
 
     def read(self, panda: Panda) -> Reading:
         """As `FastTask.read`."""
@@ -105,15 +144,26 @@ class PushCube:
     S = 35: qpos 9, qvel 9, tcp pose 7, goal 3, cube pose 7.
     """
 
+    num_draws = 2
     max_reward = 4.0
 
     def __init__(self, world: Any) -> None:
+        import sapien
+
+        self._pose = sapien.Pose
         self._cube, self._region = world.obj._objs[0], world.goal_region._objs[0]
+        self._body = world.obj._bodies[0]
         self._radius, self._half_size = world.goal_radius, world.cube_half_size
         self._goal = np.zeros(3, np.float32)
 
-    def bind(self) -> None:
-        """As `FastTask.bind`."""
+    def place(self, draws: np.ndarray) -> None:
+        """As `FastTask.place`; draws are cube x y."""
+        _stop(self._body)
+        spot = np.append(draws * 0.2 - 0.1, np.float32(self._half_size))
+        self._cube.pose = self._pose(spot, (1, 0, 0, 0))
+        goal = (spot[0] + np.float32(0.1 + self._radius), spot[1], 1e-3)
+        # The disc's axis is its x; a quarter turn about y lays it flat.
+        self._region.pose = self._pose(goal, (math.cos(math.pi / 4), 0, math.sin(math.pi / 4), 0))
         self._goal = self._region.pose.p
 
     def read(self, panda: Panda) -> Reading:
@@ -152,7 +202,7 @@ def why_not_fast(spec: SceneSpec) -> str | None:
 class Panda:
     """The arm of a ManiSkill world through SAPIEN's objects: drives, physics steps, readings, grasp test.
 
-    SAPIEN's objects live as long as the world is not rebuilt; `bind` is to be called after every reset.
+    SAPIEN's objects live as long as the world is not rebuilt.
     """
 
     def __init__(self, world: Any, control_mode: str) -> None:
@@ -169,6 +219,7 @@ class Panda:
             (link._objs[0], sign) for link, sign in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0))
         )
         self._physics_steps = world._sim_steps_per_control
+        self._noise_std = world.table_scene.robot_init_qpos_noise
         arm, gripper = controllers["arm"].config, controllers["gripper"].config
         self._grip_middle, self._grip_half_range = _middle_and_half_range(gripper.lower, gripper.upper)
         if control_mode == "pd_joint_delta_pos":
@@ -184,14 +235,21 @@ class Panda:
             self._solved_joints = solver.qmask.numpy().astype(np.int32)
         self.qpos = self.qvel = np.zeros(ARM_JOINTS + 2, np.float32)
 
-    def bind(self) -> None:
-        """Read the state of a world that was just begun."""
+    def place(self, noise: np.random.RandomState) -> None:
+        """Put the arm near its rest pose, without velocity."""
         self._physics = self._world.scene.px
+        qpos = noise.normal(0, self._noise_std, len(REST_QPOS)) + REST_QPOS
+        qpos[ARM_JOINTS:] = OPEN_FINGER_M
+        nothing, still = np.zeros(len(REST_QPOS), np.float32), np.zeros(3, np.float32)
+        self._arm.qpos, self._arm.qvel, self._arm.qf = qpos, nothing, nothing
+        self._arm.set_root_linear_velocity(still)
+        self._arm.set_root_angular_velocity(still)
+        self._arm.set_root_pose(self._pose(BASE_PLACE))
         self._sense()
 
     def move(self, action: np.ndarray) -> None:
         """Set the drives for an action, float32 [A], and let the physics run for one control period."""
-        action = np.clip(action, -1, 1)
+        action = action.clip(-1, 1)
         grip = float(self._grip_middle + self._grip_half_range * action[-1])
         for joint, target in zip(self._joints, (*self._targets(action), grip, grip), strict=True):
             joint.set_drive_target(target)
@@ -269,14 +327,21 @@ class FastScene:
     def __init__(self, spec: SceneSpec) -> None:
         self._world = open_world(spec)
         self._spec = spec
-        self.action_dim = Panda(self._world, spec.control_mode).action_dim
-        self._start()
-        self.state_dim = len(self._reading.state)
+        self._panda = Panda(self._world, spec.control_mode)
+        self._task = TASKS[spec.task](self._world)
+        # ManiSkill draws from two generators that it makes anew from the seed; seeding one again is far cheaper.
+        self._noise, self._generator = np.random.RandomState(0), torch.Generator()
+        self.begin(seed=0)
+        self.action_dim, self.state_dim = self._panda.action_dim, len(self._reading.state)
 
     def begin(self, seed: int) -> None:
         """As `Scene.begin`."""
-        begin_world(self._world, seed, observe=False)
-        self._start()
+        renew_physics(self._world)
+        self._noise.seed(seed)
+        self._generator.manual_seed(seed)
+        self._panda.place(self._noise)
+        self._task.place(torch.rand(self._task.num_draws, generator=self._generator).numpy())
+        self._reading = self._task.read(self._panda)
 
     def advance(self, action: np.ndarray) -> tuple[float, bool, bool]:
         """As `Scene.advance`."""
@@ -292,13 +357,6 @@ class FastScene:
     def render(self) -> np.ndarray:
         """As `Scene.render`."""
         return render_world(self._world)[0]
-
-    def _start(self) -> None:
-        self._panda = Panda(self._world, self._spec.control_mode)
-        self._task = TASKS[self._spec.task](self._world)
-        self._panda.bind()
-        self._task.bind()
-        self._reading = self._task.read(self._panda)
 
     def _reward(self) -> float:
         if self._spec.reward in ("sparse", "only_success"):

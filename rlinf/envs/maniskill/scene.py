@@ -198,29 +198,16 @@ def renew_physics(world: Any) -> None:
     world.scene.sub_scenes[0] = new
 
 
-def begin_world(world: Any, seed: int, observe: bool = True) -> Any:
-    """ManiSkill's observation after a reset that is a function of the seed alone.
-
-    Without `observe` the observation is left out, a quarter of the work, and None is returned.
-    """
+def begin_world(world: Any, seed: int) -> Any:
+    """ManiSkill's observation after a reset that is a function of the seed alone."""
     building = nullcontext() if world.scene.can_render() else no_visuals()
     # Tasks with a reconfiguration frequency rebuild their scene in every reset.
     if world.reconfiguration_freq == 0:
         renew_physics(world)
         building = nullcontext()
-    with building, nullcontext() if observe else _unobserved(world):
+    with building:
         observation, _ = world.reset(seed=seed)
     return observation
-
-
-@contextmanager
-def _unobserved(world: Any) -> Iterator[None]:
-    """ManiSkill's reset evaluates and observes; here somebody else does."""
-    world.get_info, world.get_obs = dict, lambda _: None
-    try:
-        yield
-    finally:
-        del world.get_info, world.get_obs
 
 
 class ManiSkillScene:
