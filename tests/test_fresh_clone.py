@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_house import shell_lines, tracked_files
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "profile=cpu",
@@ -30,17 +32,11 @@ pytestmark = [pytest.mark.sim, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     pytest.importorskip("mani_skill")
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if listing.returncode != 0:
-        pytest.skip("not a git checkout")
     clone = tmp_path_factory.mktemp("clone")
-    for line in listing.stdout.splitlines():
-        if (ROOT / line).is_file():
-            (clone / line).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / line, clone / line)
+    for path in tracked_files():
+        copy = clone / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
     # Installing again would take minutes: the environment of these tests serves the copy too.
     (clone / ".venv").symlink_to(Path(sys.executable).parents[1])
     return clone
@@ -55,8 +51,6 @@ def run(clone: Path, command: str) -> str:
 
 
 def documented(pattern: str) -> list[str]:
-    from tests.test_house import shell_lines
-
     lines = shell_lines(ROOT / "README.md")
     return [line for line in dict.fromkeys(lines) if re.search(pattern, line)]
 

@@ -1,5 +1,6 @@
 """The installer's decisions that need neither a network nor a new environment."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -108,3 +109,50 @@ def test_backports_are_derived_from_one_line_sources(tmp_path):
         "deb file:///plain bookworm-backports main\n"
     )
     assert derived(tmp_path, {"sources.list": text}) == {".list": expected}
+
+
+# --- the scripts that install before they run -----------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A copy of the scripts, with an installer and a python that only write down how they were called."""
+    scripts = tmp_path / "examples/embodiment"
+    scripts.mkdir(parents=True)
+    for script in (ROOT / "examples/embodiment").glob("*.sh"):
+        shutil.copy2(script, scripts)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/install.sh").write_text(
+        'echo "install $*" >>calls\nmkdir -p .venv/bin\n'
+        'echo "python() { echo python \\$* >>calls; }; exec() { \\"\\$@\\"; }" >.venv/bin/activate\n'
+        "printf 'hash\\nmaniskill\\n' >.venv/rlinf-install.stamp\n"
+    )
+    return tmp_path
+
+
+def calls(repository: Path, script: str, *words: str) -> list[str]:
+    """What a script called, each as program and first word."""
+    (repository / "calls").unlink(missing_ok=True)
+    done = bash(str(repository / "examples/embodiment" / script), *words, cwd=repository.parent)
+    assert done.returncode == 0, done.stderr
+    return (repository / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", ["run_embodiment.sh", "record_demos.sh"])
+def test_scripts_install_once_and_complete_what_was_interrupted(repository, script):
+    install = "install embodied --env maniskill"
+    first, run = calls(repository, script, "maniskill_sac_mlp", "runner.seed=3")
+    assert first == install
+    assert " --config-name maniskill_sac_mlp " in run and run.endswith(" runner.seed=3")
+    assert calls(repository, script, "maniskill_sac_mlp", "runner.seed=3")[0].startswith("python ")
+    (repository / ".venv/rlinf-install.stamp").unlink()
+    assert calls(repository, script)[0] == install
+    assert len(calls(repository, script)) == 1
+
+
+def test_a_recipe_for_another_simulator_than_the_installed_ones_installs_it(repository):
+    assert calls(repository, "run_embodiment.sh", "reach_sac_mlp")[0] == "install embodied --env reach"
+    stamp = repository / ".venv/rlinf-install.stamp"
+    stamp.write_text("hash\ndev\n")
+    assert len(calls(repository, "run_embodiment.sh", "reach_sac_mlp")) == 1
+    assert calls(repository, "run_embodiment.sh", "maniskill_sac_mlp")[0] == "install embodied --env maniskill"

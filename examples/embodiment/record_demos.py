@@ -14,7 +14,9 @@ from rlinf.core.errors import RlinfError
 
 def main() -> int:
     """Record; the exit code is 0 when the folder holds what was asked for, 2 when there is something to mend."""
-    parser = argparse.ArgumentParser(description="Record demonstrations, or go on with a recording.")
+    parser = argparse.ArgumentParser(
+        description="Record demonstrations, or go on with a recording.", allow_abbrev=False
+    )
     parser.add_argument("--config-name", required=True, help="recipe whose environment is played")
     parser.add_argument("--config-path", default=Path(__file__).parent / "config", help="folder of the recipes")
     parser.add_argument("--episodes", type=int, default=50, help="episodes that the folder is to hold (50)")

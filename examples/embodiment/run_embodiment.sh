@@ -3,12 +3,10 @@
 #     bash examples/embodiment/run_embodiment.sh maniskill_sac_flow_state [key=value ...]
 # Relative paths start at the repository. Everything the run says on stderr is kept in run_embodiment.log.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 name="${1:-maniskill_sac_flow_state}"
 shift || true
-[ -d .venv ] || bash requirements/install.sh embodied --env "${name%%_*}"
-source .venv/bin/activate
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export MUJOCO_GL="${MUJOCO_GL:-egl}" PYOPENGL_PLATFORM="${PYOPENGL_PLATFORM:-egl}"
 
 log_path="logs/$(date +%Y%m%d-%H%M%S)-$name"

@@ -14,7 +14,7 @@ from rlinf.core.errors import RlinfError
 
 def main() -> int:
     """Run one recipe; the exit code is 0 when it finished, 2 when the user has something to mend."""
-    parser = argparse.ArgumentParser(description="Train or evaluate a recipe.")
+    parser = argparse.ArgumentParser(description="Train or evaluate a recipe.", allow_abbrev=False)
     parser.add_argument("--config-name", required=True, help="YAML file without its ending, see `rlinf configs`")
     parser.add_argument("--config-path", default=Path(__file__).parent / "config", help="folder of the YAML files")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what is different in this run")

@@ -32,6 +32,17 @@ from rlinf.data.columns import read_json, write_atomic, write_json
 _FORMAT = "rlinf demonstrations"
 _VERSION = 1
 _INDEX = "index.json"
+_REMEDY = "Restore it, or record the demonstrations into another directory."
+_ENTRIES = {  # of the index, with the kinds that JSON gives
+    "env_id": str,
+    "control_mode": str,
+    "action_dim": int,
+    "obs_shapes": dict,
+    "obs_dtypes": dict,
+    "recorded_by": str,
+    "num_successes": int,
+    "files": list,
+}
 _FLAGS = ("terminated", "truncated", "intervened", "valid")
 
 
@@ -181,11 +192,16 @@ def _read_index(directory: Path) -> dict[str, Any]:
     try:
         index = read_json(directory / _INDEX, _FORMAT, _VERSION)
     except CheckpointError as error:
-        raise DataError(str(error)) from error
-    entries = ("env_id", "control_mode", "action_dim", "obs_shapes", "obs_dtypes", "recorded_by")
-    missing = [entry for entry in (*entries, "num_successes", "files") if entry not in index]
-    if missing or any(entry.keys() != {"file", "transitions", "episodes"} for entry in index["files"]):
-        raise DataError(f"{directory / _INDEX} lacks {', '.join(missing) or 'part of its list of files'}.")
+        raise DataError(f"{error} {_REMEDY}") from error
+    missing = [entry for entry in _ENTRIES if entry not in index]
+    if missing:
+        raise DataError(f"{directory / _INDEX} lacks {', '.join(missing)}. {_REMEDY}")
+    wrong = [entry for entry, kind in _ENTRIES.items() if not isinstance(index[entry], kind)]
+    if wrong:
+        raise DataError(f"{directory / _INDEX} is damaged: {', '.join(wrong)} cannot be understood. {_REMEDY}")
+    files = index["files"]
+    if not all(isinstance(entry, dict) and entry.keys() == {"file", "transitions", "episodes"} for entry in files):
+        raise DataError(f"{directory / _INDEX} lacks part of its list of files. {_REMEDY}")
     return index
 
 
@@ -216,7 +232,9 @@ def _read_file(path: Path, meta: DemoMeta) -> Trajectory:
         with np.load(path, allow_pickle=False) as archive:
             fields = {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
-        raise DataError(f"{path} is listed in {_INDEX} and missing.") from error
+        raise DataError(
+            f"{path} is listed in {_INDEX} and missing. Put it back, or remove its entry to go on without it."
+        ) from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is corrupt: {error}. Remove its entry from {_INDEX} to go on without it.") from error
     _check_fields(fields, meta, str(path))

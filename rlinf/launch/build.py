@@ -168,14 +168,17 @@ def build_networks(config: Root, spaces: EnvSpaces) -> Networks:
 
 def load_weights_into(actor: Policy, state: dict[str, Tensor], source: str) -> None:
     """Load a policy's weights. Raises CheckpointError when they are those of another network."""
-    try:
-        actor.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
+    ours = {name: list(tensor.shape) for name, tensor in actor.state_dict().items()}
+    theirs = {name: list(tensor.shape) for name, tensor in state.items()}
+    differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if differing:
+        first, more = differing[0], len(differing) - 1
         raise CheckpointError(
-            f"the weights in {source} do not fit actor.model: {' '.join(lines[1:3])}; use the model of the run "
-            "that made them"
-        ) from error
+            f"the weights in {source} do not fit actor.model: {first} is {theirs.get(first, 'absent')} there and "
+            f"{ours.get(first, 'absent')} here" + (f", and {more} more differ" if more else "") + "; use the model of "
+            "the run that made them"
+        )
+    actor.load_state_dict(state)
 
 
 def learner_seed(config: Root, stream: str) -> int:
@@ -241,8 +244,13 @@ def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces) -
 
     Raises DataError when they are missing, corrupt or of another environment.
     """
-    trajectories, meta = read_demos(demo.load_path)
-    check_demos(meta, spaces, control_mode_of(config.env.train, config.actor.model.policy_setup))
+    try:
+        trajectories, meta = read_demos(demo.load_path)
+        check_demos(meta, spaces, control_mode_of(config.env.train, config.actor.model.policy_setup))
+    except DataError as problem:
+        raise DataError(
+            f"algorithm.demo_buffer.load_path: {problem} To record: bash examples/embodiment/record_demos.sh RECIPE"
+        ) from problem
     chunk = config.actor.model.num_action_chunks
     needed = 0
     for trajectory in trajectories:

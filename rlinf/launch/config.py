@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlinf.core.config import Config
@@ -33,10 +33,19 @@ class LoggerConfig(Config):
 
     log_path: str = Field("logs", description="Root of all results; relative paths start at the working directory.")
     project_name: str = Field("rlinf", description="Project under which W&B and SwanLab group runs.")
-    experiment_name: str = Field("run", description="Name of the run; its checkpoints lie in log_path under it.")
+    experiment_name: str = Field(
+        "run", description="Name of the run: a folder in log_path, which holds its checkpoints and all else."
+    )
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = Field(
         ("tensorboard",), description="Besides metrics.jsonl and the terminal, who receives the metrics."
     )
+
+    @field_validator("experiment_name")
+    @classmethod
+    def _is_one_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name:
+            raise ValueError("should be the name of one folder; what stands above it belongs into log_path")
+        return name
 
 
 class RunnerConfig(Config):

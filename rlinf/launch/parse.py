@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -227,7 +227,7 @@ def _validate(name: str, tree: dict[str, Any], sources: SourceMap, typed: set[st
     try:
         root = Root.model_validate(tree)
     except ValidationError as failure:
-        problems += _explain(failure, tree, spelt)
+        problems += _joined(_explain(failure, tree, spelt))
     if not problems:
         return root
     lines, seen = [], set()
@@ -269,6 +269,17 @@ def _explain(failure: ValidationError, tree: dict[str, Any], spelt: dict[str, st
             yield _Problem(path, f"{shown or 'configuration'}{value}: {message}")
 
 
+def _joined(problems: Iterable[_Problem]) -> list[_Problem]:
+    """What is wrong with one value, in one problem: a key of several types fails once for each of them."""
+    texts: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        value, colon, message = problem.text.partition(": ")
+        alternatives = texts.setdefault((problem.path, value + colon if " = " in value else problem.text), [])
+        if " = " in value and message not in alternatives:
+            alternatives.append(message)
+    return [_Problem(path, head + "; or ".join(messages)) for (path, head), messages in texts.items()]
+
+
 def _plain_path(location: tuple[int | str, ...], tree: Any) -> str:
     """Pydantic's location as the dotted path of the YAML, without the names of union members."""
     node, keys = tree, []
@@ -300,7 +311,11 @@ def _unknown_key(path: str, tree: dict[str, Any]) -> str:
     if path in key_paths(Root):
         return f"not a key of {_chosen_member(path, tree)}"
     suggestion = suggest(path, tree)
-    return "unknown key" + (f"; did you mean {suggestion}?" if suggestion else "")
+    if suggestion is not None:
+        return f"unknown key; did you mean {suggestion}?"
+    parent = path.rpartition(".")[0]
+    names = [key.rpartition(".")[2] for key in key_paths(Root, tree) if key.rpartition(".")[0] == parent]
+    return f"unknown key; {parent or 'the configuration'} has {', '.join(dict.fromkeys(names))}"
 
 
 def _chosen_member(path: str, tree: dict[str, Any]) -> str:
@@ -320,7 +335,7 @@ def suggest(path: str, tree: dict[str, Any]) -> str | None:
     Siblings come first, then the same last name elsewhere, then the most similar whole path. Where `tree` chooses a
     member of a union (`model_type`), only that member's keys count.
     """
-    known = list(dict.fromkeys(key_paths(Root, tree)))
+    known = [key for key in dict.fromkeys(key_paths(Root, tree)) if not path.startswith(f"{key}.")]
     parent, _, leaf = path.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == parent]
     near = closest(leaf, siblings)
@@ -329,7 +344,7 @@ def suggest(path: str, tree: dict[str, Any]) -> str | None:
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
     if elsewhere:
         return closest(path, elsewhere, 0.0)
-    return closest(path, known, 0.75)
+    return closest(path, [key for key in known if key.rpartition(".")[0] != parent], 0.75)
 
 
 def key_paths(model: type[BaseModel], tree: Any = None, prefix: str = "") -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -65,9 +66,10 @@ def prepare_run_dir(run_dir: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        make_room = "make room there or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise ConfigError(
             f"cannot write into the run directory {run_dir}: {error.strerror or type(error).__name__}; "
-            f"make room there or choose another place with {LOG_PATH_KEY}=PATH"
+            f"{make_room}choose another place with {LOG_PATH_KEY}=PATH"
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rlinf.core.errors import ConfigError
+from rlinf.core.errors import CheckpointError, ConfigError
 from rlinf.launch.build import (
     Networks,
     build_crew,
@@ -27,7 +29,7 @@ from rlinf.launch.build import (
 )
 from rlinf.launch.config import Root
 from rlinf.launch.parse import load_config
-from rlinf.launch.provenance import prepare_run_dir, write_provenance
+from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
 from rlinf.metrics.report import Reporter
 from rlinf.metrics.video import write_video
@@ -53,16 +55,19 @@ def train(config: Root) -> int:
     prepare_run_dir(run_dir)
     resolved = config.model_dump(mode="json")
     logger = config.runner.logger
-    with Reporter(
-        run_dir,
-        backends=logger.logger_backends,
-        project_name=logger.project_name,
-        experiment_name=logger.experiment_name,
-        config=resolved,
-        total_steps=config.runner.total_steps,
-        resume_step=resume_step,
-        video_dir=video_directory(config, run_dir),
-    ) as reporter:
+    with (
+        _unused_if_it_never_began(run_dir),
+        Reporter(
+            run_dir,
+            backends=logger.logger_backends,
+            project_name=logger.project_name,
+            experiment_name=logger.experiment_name,
+            config=resolved,
+            total_steps=config.runner.total_steps,
+            resume_step=resume_step,
+            video_dir=video_directory(config, run_dir),
+        ) as reporter,
+    ):
         reporter.note(describe(config, device))
         if config.runner.only_eval:
             path = config.runner.resume_dir or config.runner.ckpt_path or ""  # one is set: the schema checks it
@@ -81,7 +86,7 @@ def _train(
     with _closing_on_failure(crew, reporter):
         if config.runner.ckpt_path is not None:
             load_weights_into(networks.actor, load_policy(config.runner.ckpt_path)[1], config.runner.ckpt_path)
-        last_step = load_run(crew, checkpoint) if checkpoint is not None else 0
+        last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0
         evaluator = _evaluator_of_run(config, device, crew, networks, weights)
         # Not before: a resumption that fails must leave the record of its run as it was.
         write_provenance(reporter.run_dir, store.config or {}, seed=config.runner.seed)
@@ -161,14 +166,56 @@ def _evaluator_of_run(
     return build_evaluator(config, weights, device, networks.actor, crew.stop)
 
 
+def _resume(crew: Crew, checkpoint: Path, config: Root) -> int:
+    try:
+        return load_run(crew, checkpoint)
+    except CheckpointError as problem:
+        if not (differences := _model_differences(checkpoint, config)):
+            raise
+        brief = textwrap.shorten(str(problem), 150, placeholder=" ...")  # torch lists every tensor
+        raise CheckpointError(
+            f"{checkpoint}: {brief} What differs: {'; '.join(differences)}. Resume with the configuration that wrote "
+            "it, kept as config.yaml in its run directory"
+        ) from problem
+
+
+def _model_differences(checkpoint: Path, config: Root) -> list[str]:
+    """What a checkpoint's own record says otherwise about the networks than `config`."""
+    try:
+        there = json.loads((checkpoint / "config.json").read_text())["actor"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    here = config.actor.model.model_dump(mode="json")
+    if there.get("model_type") != here["model_type"]:
+        there, here = ({"model_type": model.get("model_type")} for model in (there, here))
+    return [
+        f"actor.model.{key} is {there.get(key)} there and {here.get(key)} here"
+        for key in here | there
+        if there.get(key) != here.get(key)
+    ]
+
+
 def _refuse_to_overwrite(run_dir: Path, checkpoint: Path | None) -> None:
     """A directory that holds a run may only be used by one that goes on from it."""
     used = (run_dir / JOURNAL).is_file() or (run_dir / "checkpoints").is_dir()
     if used and (checkpoint is None or run_dir not in checkpoint.parents):
-        raise ConfigError(
-            f"{run_dir} already holds a run; choose another runner.logger.log_path, or go on from it with "
-            f"runner.resume_dir={run_dir}"
+        resumable = CheckpointStore(run_dir / "checkpoints").latest() is not None
+        otherwise = (
+            f"go on from it with runner.resume_dir={run_dir}" if resumable else "remove it: it has no checkpoint"
         )
+        raise ConfigError(f"{run_dir} already holds a run; choose another runner.logger.log_path, or {otherwise}")
+
+
+@contextlib.contextmanager
+def _unused_if_it_never_began(run_dir: Path) -> Iterator[None]:
+    """Take back the empty journal of a run that failed before it began: the mended command may use the directory."""
+    try:
+        yield
+    except BaseException:
+        journal = run_dir / JOURNAL
+        if not (run_dir / CONFIG_FILE).exists() and journal.is_file() and journal.stat().st_size == 0:
+            journal.unlink()
+        raise
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ A checkpoint is written into `.writing-*` and renamed when every byte is on the 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -30,6 +29,7 @@ from torch import Tensor
 
 import rlinf
 from rlinf.core.errors import CheckpointError
+from rlinf.data.columns import sync_path
 from rlinf.runners.crew import Crew
 from rlinf.workers.env_worker import EnvWorker
 from rlinf.workers.learner_worker import POLICY_FILE, LearnerWorker, Progress
@@ -111,7 +111,7 @@ class CheckpointStore:
         link = self.directory / f".{LATEST}"
         link.symlink_to(target.name)
         link.replace(self.directory / LATEST)
-        _sync(self.directory)
+        sync_path(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _sweep(self) -> None:
@@ -298,13 +298,5 @@ def _checksum(path: Path) -> int:
 
 def _sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        sync_path(path)
+    sync_path(directory)

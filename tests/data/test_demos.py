@@ -138,6 +138,13 @@ def test_a_missing_or_damaged_index_is_named(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(index | {"files": [{"file": "000000.npz"}]}))
     with pytest.raises(DataError, match="lacks part of its list of files"):
         read_demos(str(tmp_path))
+    for damage in ({"files": None}, {"obs_shapes": []}, {"action_dim": "four"}, {"num_successes": None}):
+        (tmp_path / "index.json").write_text(json.dumps(index | damage))
+        with pytest.raises(DataError, match=rf"is damaged: {next(iter(damage))} .* record the demonstrations into"):
+            read_demos(str(tmp_path))
+    (tmp_path / "index.json").write_text(json.dumps(index | {"files": ["000000.npz"]}))
+    with pytest.raises(DataError, match="lacks part of its list of files"):
+        read_demos(str(tmp_path))
     (tmp_path / "index.json").write_text("{}")
     with pytest.raises(DataError, match="does not describe a rlinf demonstrations"):
         read_demos(str(tmp_path))
@@ -176,7 +183,7 @@ def test_a_corrupt_file_is_named(tmp_path, damage):
 def test_a_file_that_is_gone_is_named(tmp_path):
     write_demos(str(tmp_path), segments(2), META)
     (tmp_path / "000001.npz").unlink()
-    with pytest.raises(DataError, match=r"000001\.npz is listed in index\.json and missing"):
+    with pytest.raises(DataError, match=r"000001\.npz is listed in index\.json and missing\. .*remove its entry"):
         read_demos(str(tmp_path))
 
 

@@ -481,3 +481,19 @@ def test_a_learned_temperature_cannot_start_at_zero(folder: Path) -> None:
 def test_roles_may_be_placed_together_as_a_mapping_or_as_text(folder: Path) -> None:
     for value in ("{env: 0, rollout: all}", "'env:0;rollout,actor:all'", "'actor,env,rollout: 0'"):
         assert load(folder, f"cluster.component_placement={value}").cluster.num_nodes == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("actor.device=cuda", "actor.device: unknown key; actor has group_name, seed, micro_batch_size"),
+        ("algorithm.foo=1", "algorithm.foo: unknown key; algorithm has loss_type, gamma"),
+        ("actor.num_threads=-3", "actor.num_threads = -3: should be greater than 0; or choose auto"),
+        ("runner.logger.experiment_name=../a", "experiment_name = '../a': should be the name of one folder"),
+        ("runner.logger.experiment_name=''", "experiment_name = '': should be the name of one folder"),
+    ],
+)
+def test_a_problem_is_told_once_and_says_what_there_is(folder: Path, override: str, text: str) -> None:
+    first, line = problems(folder, override)
+    assert first.endswith("has 1 problem:")
+    assert text in line

@@ -1,8 +1,11 @@
+import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -33,7 +36,7 @@ def test_directory_below_a_file_is_one_clear_error(tmp_path):
         prepare_run_dir(run_dir)
     assert str(caught.value) == (
         f"cannot write into the run directory {run_dir}: Not a directory; "
-        "make room there or choose another place with runner.logger.log_path=PATH"
+        "choose another place with runner.logger.log_path=PATH"
     )
 
 
@@ -47,11 +50,23 @@ def test_full_disk_is_noticed_before_training(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_directory_without_the_right_to_write(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(ConfigError, match="Permission denied"):
-        prepare_run_dir(tmp_path / "run")
+@contextlib.contextmanager
+def without_privileges():
+    """Root may write everywhere, so it is nobody for a while."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_directory_without_the_right_to_write():
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which only its owner may enter
+        os.chmod(folder, 0o555)
+        with without_privileges(), pytest.raises(ConfigError, match="Permission denied; choose another place"):
+            prepare_run_dir(Path(folder) / "run")
 
 
 def test_configuration_and_origin_come_back(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,14 @@ def test_the_script_prints_one_line_and_the_code_2_for_a_mistake(reach_configs: 
     ]
 
 
+@pytest.mark.parametrize("script", ["train.py", "record_demos.py"])
+def test_an_option_is_not_guessed_from_its_beginning(script: str) -> None:
+    command = [sys.executable, CONFIG_DIR.parent / script, "--config-nam", "reach_sac_mlp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "--config-name" in done.stderr
+
+
 # ---- evaluation
 
 
@@ -279,8 +288,9 @@ def test_demonstrations_with_other_chunks_are_refused(reach_configs: Path, tmp_p
 
 
 def test_a_missing_demo_folder_is_named(reach_configs: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere"):
-        train(load(reach_configs, f"algorithm.demo_buffer={{load_path: {tmp_path}/nowhere}}"))
+    missing = f"algorithm.demo_buffer={{load_path: {tmp_path}/nowhere}}"
+    with pytest.raises(DataError, match=r"demo_buffer\.load_path: .*nowhere is no directory.*/record_demos\.sh RECIPE"):
+        train(load(reach_configs, missing))
 
 
 # ---- what is refused
@@ -290,9 +300,19 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(reach_configs: Path, tm
     root = load(reach_configs, "runner.max_epochs=1")
     assert train(root) == 0
     before = (tmp_path / "logs/reach/metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match="already holds a run; choose another"):
+    with pytest.raises(ConfigError, match=r"already holds a run; choose another .*runner\.resume_dir="):
         train(root)
     assert (tmp_path / "logs/reach/metrics.jsonl").read_bytes() == before
+    shutil.rmtree(tmp_path / "logs/reach/checkpoints")
+    with pytest.raises(ConfigError, match="or remove it: it has no checkpoint"):
+        train(root)
+
+
+def test_a_run_that_failed_before_it_began_leaves_its_directory_free(reach_configs: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        train(load(reach_configs, f"algorithm.demo_buffer={{load_path: {tmp_path}/nowhere}}"))
+    assert train(load(reach_configs, "runner.max_epochs=1")) == 0
+    assert [row["step"] for row in journal(tmp_path / "logs/reach")] == [1]
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_the_run_keeps_its_record(
@@ -302,10 +322,17 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_run_keeps_its_record(
     run_dir = tmp_path / "logs/reach"
     before = (run_dir / "config.yaml").read_bytes()
     wide = ("actor.model.hidden_dims=[8]", f"runner.resume_dir={run_dir}")
-    with pytest.raises(CheckpointError, match="does not fit this configuration"):
+    with pytest.raises(CheckpointError, match=r"hidden_dims is \[16\] there and \[8\] here\. Resume with") as caught:
         train(load(reach_configs, *wide))
+    assert str(run_dir) in str(caught.value) and "does not fit this configuration" in str(caught.value)
+    flow = ("model@actor.model=flow_policy", f"runner.resume_dir={run_dir}")
+    with pytest.raises(CheckpointError, match="model_type is mlp_policy there and") as caught:
+        train(load(reach_configs, *flow))
+    assert len(str(caught.value)) < 600
     assert (run_dir / "config.yaml").read_bytes() == before
-    with pytest.raises(CheckpointError, match="the weights in the checkpoint do not fit actor"):
+    with pytest.raises(
+        CheckpointError, match=r"do not fit actor\.model: net\.0\.weight is \[16, 2\] there and \[8, 2\]"
+    ):
         evaluate_run(run_dir, ["actor.model.hidden_dims=[8]"])
 
 

@@ -1,0 +1,39 @@
+"""A skipped test fails where the machine should have had what it needs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = {
+    "test_module.py": "import pytest\npytest.importorskip('no_such_simulator')\n",
+    "test_marks.py": "import pytest\n"
+    "@pytest.mark.skipif(True, reason='no CUDA device')\n"
+    "def test_gpu(): pass\n"
+    "@pytest.mark.skipif(True, reason='no Vulkan driver')\n"
+    "def test_film(): pass\n"
+    "@pytest.mark.xfail\n"
+    "def test_later(): assert False\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "3 skipped, 1 xfailed"),
+        (["--may-skip", "no CUDA device", "--may-skip", "no network"], "1 skipped, 1 xfailed, 2 errors"),
+    ],
+)
+def test_what_may_not_be_skipped_fails(tmp_path, options, told):
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "1", *options]
+    command.append("--continue-on-collection-errors")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert told in done.stdout, done.stdout + done.stderr
+    assert (done.returncode == 0) == (not options)
+    for name in ("test_module.py", "test_marks.py::test_film"):
+        assert (f"{name} must not be skipped in this run. Skipped: " in done.stdout) == bool(options)
