@@ -14,7 +14,8 @@ flow   Flow-T policy and batch of the published recipe (batch 512, D = 96, two l
        tanh layers that the published recipe's code has before the flow network, and rlinf's recipe has not.
 
 bf16 is `actor.precision: bf16` on a CPU: float32 tensors, inner products in bfloat16 where the processor has them.
-The peers get the same setting in rows of their own. "batch given" leaves the replay buffer out.
+The peers get the same setting in rows of their own. Freed memory is kept in the process for all of them, as
+in a run of rlinf. "batch given" leaves the replay buffer out.
 
 limit rows: the matrix products of one rlinf update at the rate that this machine reaches with 1024 x 1024 matrices.
 """
@@ -33,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlinf.algorithms.sac import SAC
 from rlinf.core.types import EnvSpaces, Trajectory, Transition
-from rlinf.launch.build import build_algorithm, build_networks
+from rlinf.launch.build import build_algorithm, build_networks, keep_freed_memory
 from rlinf.launch.parse import load_config
 
 STATE, ACTION, ENVS = 42, 4, 16
@@ -336,6 +337,7 @@ def main() -> None:
     options.add_argument("--only", choices=("mlp", "flow"), help="only these tables (default: both)")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     print_setting(arguments.threads)
     quick = arguments.quick
     rounds, budget_s = (1, 0.02) if quick else (arguments.rounds, arguments.seconds)

@@ -6,7 +6,9 @@ The only place that knows both configurations and classes: everything below gets
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +43,8 @@ from rlinf.workers.rollout_worker import RolloutWorker
 
 Policy = FlowPolicy | MlpPolicy
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
 # ---- the machine
 
 
@@ -63,6 +67,18 @@ def set_matmul_precision(config: Root, device: torch.device) -> None:
     """
     bf16_on_cpu = config.actor.precision == "bf16" and device.type == "cpu"
     torch.set_float32_matmul_precision("medium" if bf16_on_cpu else "highest")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors instead of handing it back (glibc; elsewhere nothing).
+
+    An update frees and takes megabytes many times over, and memory that comes back from the kernel is cleared page
+    by page: a tenth to a fifth of an update of the flow recipe on a CPU. A setting of the process.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    for option, size in ((M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20), (M_MMAP_THRESHOLD, 32 << 20)):
+        libc.mallopt(option, size)
 
 
 def num_cores() -> int:

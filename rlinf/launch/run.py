@@ -20,6 +20,7 @@ from rlinf.launch.build import (
     build_crew,
     build_evaluator,
     device_of,
+    keep_freed_memory,
     load_weights_into,
     num_cores,
     num_learner_threads,
@@ -49,6 +50,7 @@ def train(config: Root) -> int:
     run_dir = run_directory(config)
     device = device_of(config)
     set_matmul_precision(config, device)
+    keep_freed_memory()
     checkpoint = find(config.runner.resume_dir) if config.runner.resume_dir is not None else None
     resume_step = verify(checkpoint, only=POLICY_FILE).global_step if checkpoint is not None else 0
     _refuse_to_overwrite(run_dir, checkpoint)
