@@ -11,6 +11,7 @@ import math
 import netrc
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -202,7 +203,7 @@ def import_backend(package: str) -> ModuleType:
     except ImportError as error:
         raise MissingDependency(
             f"runner.logger.logger_backends: {package} cannot be imported ({one_line(error)}); "
-            f'install it with: pip install -e ".[{package}]"'
+            f'install it with: {sys.executable} -m pip install -e ".[{package}]"'
         ) from error
 
 

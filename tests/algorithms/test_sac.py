@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rlinf.algorithms import sac
-from rlinf.algorithms.optimize import OptimizerSettings, Stepper, track
+from rlinf.algorithms.optimize import OptimizerSettings, Stepper, flatten, track
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core.errors import CheckpointError
 from rlinf.core.types import Transition
@@ -299,6 +299,32 @@ def test_stepper_is_adam_for_every_layout_of_gradient():
         adam.step()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_flatten_moves_once_and_keeps_values_and_shapes():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4, bias=False))
+    parameters, before = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
+    flat = flatten(parameters)
+    assert torch.equal(flat, torch.cat([p.flatten() for p in before]))
+    for p, value in zip(parameters, before, strict=True):
+        assert torch.equal(p, value)
+    assert flatten(parameters).data_ptr() == flat.data_ptr()
+    flat.zero_()
+    assert all((p == 0).all() for p in parameters)
+
+
+def test_flatten_of_a_part_is_its_part():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+    flatten(list(net.parameters()))
+    assert torch.equal(flatten(list(net[1].parameters())), torch.cat([net[1].weight.flatten(), net[1].bias]).detach())
+
+
+def test_a_network_moved_after_its_stepper_was_made_is_refused():
+    net = nn.Linear(2, 2)
+    stepper = Stepper(net.parameters(), OptimizerSettings())
+    net.double()
+    with pytest.raises(RuntimeError, match="move the network first"):
+        stepper.descend(lambda x: (net(x).sum(), {}), [torch.zeros(1, 2, dtype=torch.float64)])
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

@@ -4,6 +4,7 @@ from torch import nn
 
 from rlinf.models.embodiment.state_critic import StateCritic
 from rlinf.models.modules.batch_renorm import BatchRenorm
+from rlinf.models.modules.mlp import Tanh
 from rlinf.models.modules.q_ensemble import QEnsemble
 from rlinf.models.modules.running_norm import RunningNorm
 from rlinf.models.modules.transformer import SingleTokenAttention
@@ -24,6 +25,18 @@ def test_ensemble_equals_a_loop_over_its_heads():
             x = torch.tanh(F.layer_norm(x, (width,), norm.weight[e, 0], norm.bias[e, 0]))
         expected.append((x @ head.weight[e] + head.bias[e, 0]).squeeze(-1))
     torch.testing.assert_close(q(features, action), torch.stack(expected))
+
+
+def test_tanh_and_its_gradient_are_torchs_within_1e_6():
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e-9, -90.0, 90.0])]).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, expected = Tanh()(x), torch.tanh(exact)
+    torch.testing.assert_close(y.double(), expected, atol=2e-7, rtol=0)
+    weight = torch.randn_like(x)
+    (weight * y).sum().backward()
+    (weight.double() * expected).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=2e-6, rtol=0)
+    assert torch.equal(Tanh()(exact), torch.tanh(exact))
 
 
 def test_heads_differ_at_the_start():

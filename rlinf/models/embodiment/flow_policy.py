@@ -21,7 +21,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from rlinf.core.protocols import Mode
@@ -43,7 +43,9 @@ class FlowPolicyConfig(StatePolicyConfig):
     """Keys of `actor.model` for `model_type: flow_policy`."""
 
     model_type: Literal["flow_policy"] = Field("flow_policy", description="Selects this policy.")
-    backbone_dims: tuple[int, ...] = Field((), description="Widths of tanh layers between state and flow network.")
+    backbone_dims: tuple[PositiveInt, ...] = Field(
+        (), description="Widths of tanh layers between state and flow network."
+    )
     flow_actor_type: FlowActorType = Field(
         "JaxFlowTActor",
         description="`JaxFlowTActor`: transformer decoder, all noise settings below. `FlowTActor`: the same network "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from rlinf.core.protocols import Mode
@@ -23,7 +23,7 @@ class MlpPolicyConfig(StatePolicyConfig):
     """Keys of `actor.model` for `model_type: mlp_policy`."""
 
     model_type: Literal["mlp_policy"] = Field("mlp_policy", description="Selects this policy.")
-    hidden_dims: tuple[int, ...] = Field((256, 256, 256), description="Widths of the actor's hidden layers.")
+    hidden_dims: tuple[PositiveInt, ...] = Field((256, 256, 256), description="Widths of the actor's hidden layers.")
     activation: ActivationKey = Field("relu", description="Actor's activation.")
     log_std_min: float = Field(-5.0, description="Lower end of the log deviation before the tanh.")
     log_std_max: float = Field(2.0, description="Upper end of the log deviation before the tanh.")

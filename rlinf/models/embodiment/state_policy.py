@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from rlinf.core.config import Config
 
@@ -25,6 +25,6 @@ class StatePolicyConfig(Config):
     num_action_chunks: int = Field(1, gt=0, description="H, actions per decision, played open loop.")
     normalize_obs: bool = Field(True, description="Normalise the state by its running mean and deviation.")
     num_q_heads: int = Field(2, gt=0, description="E, critics in the ensemble.")
-    q_hidden_dims: tuple[int, ...] = Field((256, 256, 256), description="Widths of the critics' hidden layers.")
+    q_hidden_dims: tuple[PositiveInt, ...] = Field((256, 256, 256), description="Widths of the critics' hidden layers.")
     q_activation: ActivationKey = Field("relu", description="Critics' activation.")
     q_layer_norm: bool = Field(True, description="Layer normalisation after every hidden layer of the critics.")
