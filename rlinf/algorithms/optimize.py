@@ -13,13 +13,15 @@ optimizers, that read both as if they were not, take without complaint.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from rlinf.core.errors import CheckpointError
 from rlinf.core.protocols import Network
 from rlinf.core.types import Metrics
 
@@ -125,17 +127,9 @@ class Stepper:
 
         Returns the means of its statistics over them, with `grad_norm` (before clipping) and `lr`.
         """
-        self._begin()
-        share = 1 / len(micro_batches)
-        metrics: Metrics = {}
-        for micro_batch in micro_batches:
-            loss, stats = loss_of(micro_batch)
-            (loss * share if share < 1 else loss).backward(inputs=self.parameters)
-            if share == 1:
-                metrics = stats
-            else:
-                metrics = {name: metrics.get(name, 0.0) + value * share for name, value in stats.items()}
-        lr, norm = self.lr, self._apply()
+        self.begin()
+        metrics = accumulate(loss_of, micro_batches, self.parameters)
+        lr, norm = self.lr, self.apply()
         return metrics | {"grad_norm": norm, "lr": lr}
 
     @property
@@ -143,8 +137,8 @@ class Stepper:
         """Learning rate of the next step."""
         return self.settings.lr * self.settings.scale_at(self.steps)
 
-    def _begin(self) -> None:
-        """Gradients at zero, and where `flat` has its own: backward adds to them in place."""
+    def begin(self) -> None:
+        """Set the gradients to zero, in the place where `apply` expects them: backward adds to them in place."""
         if self.parameters[0].data_ptr() != self.flat.data_ptr():
             raise RuntimeError("the parameters were moved after their Stepper was made: move the network first")
         assert self.flat.grad is not None
@@ -152,7 +146,8 @@ class Stepper:
         for parameter, grad in zip(self.parameters, self._grads, strict=True):
             parameter.grad = grad
 
-    def _apply(self) -> Tensor:
+    def apply(self) -> Tensor:
+        """Step along the gradients that were added up since `begin`. Returns their norm before clipping."""
         grad = self.flat.grad
         assert grad is not None
         norm = torch.linalg.vector_norm(grad)
@@ -178,6 +173,30 @@ class Stepper:
         self.steps = state["steps"]
 
 
+def accumulate(
+    loss_of: LossOf,
+    micro_batches: Sequence[Any],
+    parameters: Sequence[nn.Parameter],
+    shares: Sequence[float] | None = None,
+) -> Metrics:
+    """Add the gradients of a mean loss to the `.grad` of `parameters` and of nothing else.
+
+    Args:
+        shares: weight of each micro-batch; None for equal ones.
+
+    Returns the mean of the statistics, weighted alike.
+    """
+    metrics: Metrics = {}
+    for micro_batch, share in zip(micro_batches, shares or [1 / len(micro_batches)] * len(micro_batches), strict=True):
+        loss, stats = loss_of(micro_batch)
+        (loss * share if share < 1 else loss).backward(inputs=parameters)
+        if share == 1:
+            metrics = stats
+        else:
+            metrics = {name: metrics.get(name, 0.0) + value * share for name, value in stats.items()}
+    return metrics
+
+
 @torch.no_grad()
 def track(target: Network, source: Network, tau: float) -> None:
     """θ̄ ← (1 − τ) θ̄ + τ θ over all parameters.
@@ -186,3 +205,18 @@ def track(target: Network, source: Network, tau: float) -> None:
     in it stands still. Both are moved into flat tensors, see `flatten`.
     """
     flatten(list(target.parameters())).lerp_(flatten(list(source.parameters())), tau)
+
+
+def load_parts(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Load the state of every part of an algorithm. Raises CheckpointError naming the part that does not fit."""
+    for name, part in parts.items():
+        if name not in state:
+            raise CheckpointError(f"the checkpoint has no {name!r}: it was written by another algorithm")
+        try:
+            part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch lists every tensor
+            raise CheckpointError(
+                f"{name!r} in the checkpoint does not fit this configuration ({reason}); "
+                "resume with the configuration that wrote it, kept as config.yaml in its run directory"
+            ) from error

@@ -22,10 +22,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlinf.algorithms.optimize import OptimizerSettings, Stepper, track
+from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_parts, track
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core import tree
-from rlinf.core.errors import CheckpointError
 from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork
 from rlinf.core.types import Metrics, Obs, Trajectory, Transition
 from rlinf.functional.returns import Bootstrap, fold_chunk
@@ -360,16 +359,6 @@ class SAC:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`. Raises CheckpointError naming the part that is missing or does not fit."""
-        for name, part in self._parts().items():
-            if name not in state:
-                raise CheckpointError(f"the checkpoint has no {name!r}: it was written by another algorithm")
-            try:
-                part.load_state_dict(state[name])
-            except (RuntimeError, ValueError, KeyError) as error:
-                reason = " ".join(str(error).split())
-                raise CheckpointError(
-                    f"{name!r} in the checkpoint does not fit this configuration ({reason}); "
-                    "resume with the configuration that wrote it, kept as config.yaml in its run directory"
-                ) from error
+        load_parts(self._parts(), state)
         self.updates = state["updates"]
         self.generator.set_state(state["generator"].cpu())

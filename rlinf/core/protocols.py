@@ -105,16 +105,32 @@ class CriticNetwork(Critic, Network, Protocol):
 
 
 class ActorCritic(Protocol):
-    """A policy with a value head, for on-policy algorithms."""
+    """A policy with a value head, for on-policy algorithms. Densities are given per element of the decision."""
 
     noise_shape: tuple[int, ...]
 
     def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:
-        """As `Actor.act`, with `log_prob` and `value` filled."""
+        """As `Actor.act`, with `value` [N] and, when exploring, `log_prob` [N, H, A]."""
         ...
 
     def evaluate(self, obs: Obs, decision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log densities [B], entropies [B] and values [B] of given decisions."""
+        """Log densities [B, H, A], entropies [B, H, A] and values [B] of given decisions."""
+        ...
+
+    def value(self, obs: Obs) -> Tensor:
+        """V(s) [B]."""
+        ...
+
+
+class ActorCriticNetwork(ActorCritic, Network, Protocol):
+    """A trainable policy with a value head; each loss trains parameters of its own."""
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Trained by the policy's optimizer."""
+        ...
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Trained by the value function's optimizer; none of the policy's."""
         ...
 
 
@@ -130,7 +146,10 @@ class Algorithm(Protocol):
         ...
 
     def update(self) -> Metrics:
-        """One gradient step of the schedule. Metric tags come without the `train/` prefix."""
+        """One gradient step of the schedule; nothing (no metrics) when there is no more to learn from.
+
+        Metric tags come without the `train/` prefix, which all but `rollout/...` get.
+        """
         ...
 
     def acting_weights(self) -> tuple[int, dict[str, Tensor]]:

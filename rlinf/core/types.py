@@ -91,7 +91,8 @@ class ActionOut:
         action: float32 [N, H, A], for the robot.
         decision: [N, ...], the random variable that the algorithm reasons about. For plain SAC the
             flattened action [N, H·A]; for DSRL the latent noise; for PPO on a flow policy the chain.
-        log_prob: float32 [N], log density of the decision; None where no algorithm asks for it.
+        log_prob: float32 [N], log density of the decision, or [N, H, A], that of each of its elements (policies with a
+            value head); None where no algorithm asks for it.
         value: float32 [N], critic's estimate; None for policies without a value head.
         version: number of learner updates in the weights that acted; -1 before the first publication.
     """
@@ -137,7 +138,7 @@ class Trajectory:
         intervened: bool [T, N, H].
         valid: bool [T, N]; false for rows played after an episode's end when nothing resets it
             (`auto_reset: False`); such rows are no experience.
-        log_prob, value: float32 [T, N] as given by the acting policy, or None.
+        log_prob, value: float32 [T, N, ...] and [T, N] as given by the acting policy, or None.
         version: int, the oldest weights version that acted in the segment.
         source: who played it, (env worker rank, pipeline stage).
         continues: whether `obs[0]` is the previous segment's `obs[T]` of the same source.

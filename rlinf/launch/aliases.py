@@ -16,11 +16,15 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class Alias:
-    """`old` is accepted for `new`; `convert(value, whole tree)` changes units where they differ."""
+    """`old` is accepted for `new`, unless `when(value)` is false.
+
+    `convert(value, whole tree)` changes units where they differ.
+    """
 
     old: str
     new: str
     convert: Callable[[Any, Tree], Any] | None = None
+    when: Callable[[Any], bool] = lambda _: True
 
 
 def get(tree: Tree, path: str, default: Any = None) -> Any:
@@ -64,8 +68,16 @@ def _alpha_type(value: Any, tree: Tree) -> Any:
     return "fixed" if value == "fixed_alpha" else value
 
 
+def _model_type(value: Any, tree: Tree) -> Any:
+    """The MLP policy of PPO has a class of its own here: it has a value function and no critics."""
+    on_policy = get(tree, "algorithm.loss_type") == "actor_critic"
+    return "mlp_actor_critic" if on_policy and value == "mlp_policy" else value
+
+
 ALIASES: tuple[Alias, ...] = (
-    Alias("algorithm.adv_type", "algorithm.loss_type"),
+    Alias("algorithm.adv_type", "algorithm.loss_type", when=lambda value: value != "gae"),
+    Alias("actor.model.model_type", "actor.model.model_type", _model_type),
+    Alias("actor.optim.value_lr", "actor.critic_optim.lr"),
     Alias("algorithm.entropy_tuning.alpha_type", "algorithm.entropy_tuning.alpha_type", _alpha_type),
     Alias("algorithm.replay_buffer.cache_size", "algorithm.replay_buffer.capacity", _trajectories_to_transitions),
     Alias(
@@ -79,7 +91,8 @@ ALIASES: tuple[Alias, ...] = (
 )
 
 _ONE_PROCESS = "this run lives in one process and moves nothing between devices; remove the key"
-_NOT_IN_SAC = "SAC has no such term; remove the key"
+_NO_SUCH_TERM = "no loss here has such a term; remove the key"
+_ONLY_IN_PPO = "only PPO (loss_type: actor_critic) has this; remove the key"
 _FROM_ALGORITHM = "the heads follow from algorithm.loss_type; remove the key"
 
 RETIRED: Mapping[str, str] = {
@@ -89,14 +102,14 @@ RETIRED: Mapping[str, str] = {
     "runner.per_worker_log": "there is one log per run; remove the key",
     "algorithm.num_updates_per_step": "write algorithm.update_epoch, the gradient updates per global step",
     "algorithm.target_entropy": "write algorithm.entropy_tuning.target_entropy",
-    "algorithm.normalize_advantages": _NOT_IN_SAC,
-    "algorithm.kl_penalty": _NOT_IN_SAC,
-    "algorithm.kl_beta": _NOT_IN_SAC,
-    "algorithm.group_size": _NOT_IN_SAC,
-    "algorithm.reward_type": _NOT_IN_SAC,
-    "algorithm.logprob_type": _NOT_IN_SAC,
-    "algorithm.entropy_type": _NOT_IN_SAC,
-    "algorithm.loss_agg_func": _NOT_IN_SAC,
+    "algorithm.normalize_advantages": _ONLY_IN_PPO,
+    "algorithm.kl_penalty": _NO_SUCH_TERM,
+    "algorithm.kl_beta": _NO_SUCH_TERM,
+    "algorithm.group_size": _NO_SUCH_TERM,
+    "algorithm.reward_type": _ONLY_IN_PPO,
+    "algorithm.logprob_type": _ONLY_IN_PPO,
+    "algorithm.entropy_type": _ONLY_IN_PPO,
+    "algorithm.loss_agg_func": _ONLY_IN_PPO,
     "algorithm.enable_drq": "image augmentation belongs to image policies; remove the key",
     "actor.enable_drq": "image augmentation belongs to image policies; remove the key",
     "algorithm.replay_buffer.enable_cache": "the buffer is always in memory, or under storage_dir; remove the key",
@@ -148,7 +161,7 @@ def apply_aliases(tree: Tree, typed: Collection[str] = ()) -> tuple[dict[str, st
     missing = object()
     for alias in ALIASES:
         value = get(tree, alias.old, missing)
-        if value is missing:
+        if value is missing or not alias.when(value):
             continue
         if alias.convert is not None:
             value = alias.convert(value, tree)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlinf.algorithms.optimize import OptimizerSettings
+from rlinf.algorithms.ppo import PPO
 from rlinf.algorithms.sac import SAC
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core.errors import CheckpointError, ConfigError, DataError, MissingDependency
@@ -27,10 +28,11 @@ from rlinf.data.replay import ReplayBuffer
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.functional.returns import fold_chunk
-from rlinf.launch.config import DemoBufferConfig, OptimConfig, Root
+from rlinf.launch.config import DemoBufferConfig, OptimConfig, PpoConfig, Root, SacConfig, updates_per_step
 from rlinf.launch.film import CaptionedEnv
 from rlinf.launch.registry import ENVS, lookup
 from rlinf.models.embodiment.flow_policy import FlowPolicy, FlowPolicyConfig, build_flow_policy
+from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic, MlpActorCriticConfig, build_mlp_actor_critic
 from rlinf.models.embodiment.mlp_policy import MlpPolicy, build_mlp_policy
 from rlinf.models.embodiment.state_critic import StateCritic
 from rlinf.models.modules.running_norm import RunningNorm
@@ -41,7 +43,7 @@ from rlinf.workers.env_worker import EnvWorker
 from rlinf.workers.learner_worker import LearnerWorker
 from rlinf.workers.rollout_worker import RolloutWorker
 
-Policy = FlowPolicy | MlpPolicy
+Policy = FlowPolicy | MlpPolicy | MlpActorCritic
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -151,10 +153,12 @@ def check_spaces(config: Root, spaces: EnvSpaces) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Networks:
-    """Everything with weights. The normaliser is shared by the other two, or None."""
+    """Everything with weights. PPO's value function is part of its policy, so there is no critic; the normaliser is
+    shared by both, or None.
+    """
 
     actor: Policy
-    critic: StateCritic
+    critic: StateCritic | None
     normalizer: RunningNorm | None
 
 
@@ -166,6 +170,9 @@ def build_networks(config: Root, spaces: EnvSpaces) -> Networks:
         torch.manual_seed(learner_seed(config, "networks"))
         normalizer = RunningNorm(obs_dim) if model.normalize_obs else None
         actor: Policy
+        if isinstance(model, MlpActorCriticConfig):
+            actor = build_mlp_actor_critic(model, obs_dim=obs_dim, action_dim=action_dim, normalizer=normalizer)
+            return Networks(actor, None, normalizer)
         if isinstance(model, FlowPolicyConfig):
             actor = build_flow_policy(model, obs_dim=obs_dim, action_dim=action_dim, normalizer=normalizer)
         else:
@@ -202,11 +209,58 @@ def learner_seed(config: Root, stream: str) -> int:
     return derive_seed(config.runner.seed, f"actor/{config.actor.seed}/{stream}")
 
 
-def build_algorithm(config: Root, networks: Networks, device: torch.device, demos: ReplayBuffer | None = None) -> SAC:
-    """Soft actor-critic on `device` with an empty replay buffer; `demos` are mixed into its batches."""
-    algorithm, actor = config.algorithm, config.actor
+def build_algorithm(
+    config: Root, networks: Networks, device: torch.device, demos: ReplayBuffer | None = None
+) -> SAC | PPO:
+    """The algorithm of the configuration on `device`, without experience; `demos` are mixed into SAC's batches."""
+    if isinstance(config.algorithm, PpoConfig):
+        return build_ppo(config, config.algorithm, networks, device)
+    return build_sac(config, config.algorithm, networks, device, demos)
+
+
+def build_ppo(config: Root, algorithm: PpoConfig, networks: Networks, device: torch.device) -> PPO:
+    """Proximal policy optimisation on `device`."""
+    actor, network = config.actor, networks.actor.to(device)
+    assert isinstance(network, MlpActorCritic)
+    updates = config.runner.total_steps * updates_per_step(config)
+    return PPO(
+        network,
+        normalizer=networks.normalizer,
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
+        bootstrap=algorithm.bootstrap_type,
+        update_epoch=algorithm.update_epoch,
+        batch_size=actor.global_batch_size,
+        micro_batch_size=actor.micro_batch_size,
+        normalize_advantages=algorithm.normalize_advantages,
+        clip_ratio_low=algorithm.clip_ratio_low,
+        clip_ratio_high=algorithm.clip_ratio_high,
+        clip_ratio_c=algorithm.clip_ratio_c,
+        value_clip=algorithm.value_clip,
+        huber_delta=algorithm.huber_delta,
+        entropy_bonus=algorithm.entropy_bonus,
+        logprob_level=algorithm.logprob_type,
+        entropy_level=algorithm.entropy_type,
+        weighting=algorithm.loss_agg_func,
+        critic_warmup_steps=algorithm.critic_warmup_steps,
+        target_kl=algorithm.target_kl,
+        policy_optim=optimizer_settings(actor.optim, updates),
+        value_optim=optimizer_settings(actor.critic_optim, updates),
+        autocast=actor.precision == "bf16" and device.type != "cpu",
+        compile=actor.compile_model,
+        device=device,
+        generator=torch_generator(learner_seed(config, "losses"), "shuffles", torch.device("cpu")),
+    )
+
+
+def build_sac(
+    config: Root, algorithm: SacConfig, networks: Networks, device: torch.device, demos: ReplayBuffer | None
+) -> SAC:
+    """Soft actor-critic on `device` with an empty replay buffer."""
+    actor, policy, critic = config.actor, networks.actor, networks.critic
     entropy, replay_config = algorithm.entropy_tuning, algorithm.replay_buffer
-    for network in (networks.actor, networks.critic):
+    assert critic is not None and not isinstance(policy, MlpActorCritic)
+    for network in (policy, critic):
         network.to(device)
     replay = ReplayBuffer(
         replay_config.capacity,
@@ -220,11 +274,11 @@ def build_algorithm(config: Root, networks: Networks, device: torch.device, demo
     actor_updates = max(1, critic_updates // algorithm.critic_actor_ratio)
     target_entropy = entropy.target_entropy
     if target_entropy == "auto":
-        target_entropy = networks.actor.default_target_entropy()
+        target_entropy = policy.default_target_entropy()
     return SAC(
-        networks.actor,
-        networks.critic,
-        networks.critic.make_target(),
+        policy,
+        critic,
+        critic.make_target(),
         Temperature(entropy.alpha_type, entropy.initial_alpha).to(device),
         replay,
         sampler=sampler,
@@ -334,7 +388,7 @@ def build_crew(config: Root, device: torch.device) -> tuple[Crew, Networks, Weig
     try:
         spaces = env.run(_spaces).wait()[0]
         networks = build_networks(config, spaces)
-        demo = config.algorithm.demo_buffer
+        demo = config.algorithm.demo_buffer if isinstance(config.algorithm, SacConfig) else None
         demos = build_demo_buffer(config, demo, spaces) if demo is not None else None
         acting = copy.deepcopy(networks.actor)
         algorithm = build_algorithm(config, networks, device, demos)

@@ -5,6 +5,7 @@ Checks between sections are in `cross_field_problems`: each says which keys disa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -16,13 +17,18 @@ from rlinf.envs.config import EnvConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.envs.reach import ReachConfig
 from rlinf.models.embodiment.flow_policy import FlowPolicyConfig
+from rlinf.models.embodiment.mlp_actor_critic import MlpActorCriticConfig
 from rlinf.models.embodiment.mlp_policy import MlpPolicyConfig
+from rlinf.models.embodiment.state_policy import QPolicyConfig
 
 ROLES = ("actor", "env", "rollout")
 """The parts of a run that `cluster.component_placement` may place."""
 
 AnyEnv = Annotated[ManiSkillConfig | ReachConfig, Field(discriminator="env_type")]
-AnyModel = Annotated[FlowPolicyConfig | MlpPolicyConfig, Field(discriminator="model_type")]
+AnyModel = Annotated[
+    FlowPolicyConfig | MlpPolicyConfig | MlpActorCriticConfig,
+    Field(discriminator="model_type"),
+]
 
 
 # ---- runner
@@ -173,7 +179,7 @@ class DemoBufferConfig(Config):
     fraction: float = Field(0.5, gt=0, lt=1, description="Share of every batch that is prior experience.")
 
 
-class AlgorithmConfig(Config):
+class SacConfig(Config):
     """Soft actor-critic, also with prior data (RLPD) and with a flow policy (SAC-Flow)."""
 
     loss_type: Literal["embodied_sac"] = Field("embodied_sac", description="The algorithm: soft actor-critic.")
@@ -198,6 +204,59 @@ class AlgorithmConfig(Config):
     entropy_tuning: EntropyTuningConfig = Field(default_factory=EntropyTuningConfig, description="Temperature.")
     replay_buffer: ReplayBufferConfig = Field(default_factory=ReplayBufferConfig, description="Replay buffer.")
     demo_buffer: DemoBufferConfig | None = Field(None, description="Demonstrations in every batch; null: none.")
+
+
+class PpoConfig(Config):
+    """Proximal policy optimisation with generalised advantages."""
+
+    loss_type: Literal["actor_critic"] = Field("actor_critic", description="The algorithm: PPO.")
+    adv_type: Literal["gae"] = Field("gae", description="Advantages: generalised advantage estimation.")
+    gamma: float = Field(0.99, gt=0, le=1, description="Discount per environment step.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of the advantages, per decision.")
+    bootstrap_type: Literal["standard", "always"] = Field(
+        "standard",
+        description="Value after an episode's end. standard: none after termination, but after a time limit; always: "
+        "also after termination, as if the task went on.",
+    )
+    update_epoch: PositiveInt = Field(4, description="Times that the experience of a global step is gone through.")
+    normalize_advantages: bool = Field(
+        True, description="Shift and scale the advantages of a global step to mean 0 and deviation 1."
+    )
+    clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="The probability ratio counts down to 1 - this.")
+    clip_ratio_high: float = Field(0.2, gt=0, description="The probability ratio counts up to 1 + this.")
+    clip_ratio_c: float | None = Field(
+        None, gt=1, description="Dual clip: a ratio counts up to this where the advantage is negative; null: no limit."
+    )
+    value_clip: PositiveFloat | None = Field(
+        None, description="A value counts as moved by at most this much from the one it had when acting; null: freely."
+    )
+    huber_delta: PositiveFloat = Field(
+        10.0, description="Errors of the value count by their square up to here and linearly beyond."
+    )
+    entropy_bonus: float = Field(0.0, ge=0, description="Weight of the policy's entropy in the loss.")
+    reward_type: Literal["chunk_level", "action_level"] = Field(
+        "chunk_level",
+        description="What has an advantage of its own: a whole chunk of actions, or (the same where a chunk has one) "
+        "an action.",
+    )
+    logprob_type: Literal["token_level", "action_level", "chunk_level"] = Field(
+        "action_level", description="What has a probability ratio of its own: an action's element, an action, a chunk."
+    )
+    entropy_type: Literal["token_level", "action_level", "chunk_level"] = Field(
+        "action_level", description="What the entropy is that of: an action's element, an action, a chunk."
+    )
+    loss_agg_func: Literal["token-mean", "seq-mean-token-mean"] = Field(
+        "token-mean",
+        description="token-mean: all decisions count alike; seq-mean-token-mean: all environments' segments do, which "
+        "differs where auto_reset is off.",
+    )
+    critic_warmup_steps: NonNegativeInt = Field(0, description="Minibatches in which only the value function learns.")
+    target_kl: PositiveFloat | None = Field(
+        None, description="Leave the rest of a global step's minibatches once approx_kl is larger; null: never."
+    )
+
+
+AnyAlgorithm = Annotated[SacConfig | PpoConfig, Field(discriminator="loss_type")]
 
 
 # ---- roles
@@ -260,7 +319,9 @@ class Root(Config):
     )
     runner: RunnerConfig = Field(default_factory=RunnerConfig, description="Duration, results, checkpoints.")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Machines and devices.")
-    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="Losses and schedule.")
+    algorithm: AnyAlgorithm = Field(
+        default_factory=SacConfig, description="Losses and schedule; loss_type chooses, embodied_sac when left out."
+    )
     env: EnvsConfig = Field(description="Environments.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="The acting policy.")
     actor: ActorConfig = Field(description="The learner.")
@@ -341,15 +402,23 @@ def placement(cluster: ClusterConfig) -> dict[str, str]:
 
 
 def _batch_problems(root: Root) -> Iterator[tuple[str, str]]:
-    actor, algorithm = root.actor, root.algorithm
-    whole, part = actor.global_batch_size, actor.micro_batch_size
+    whole, part = root.actor.global_batch_size, root.actor.micro_batch_size
     if whole % part:
         yield (
             "actor.micro_batch_size",
             f"actor.global_batch_size ({whole}) is not a multiple of actor.micro_batch_size ({part}); "
             f"{_nearby_divisors(whole, part)}",
         )
-    subset, heads = algorithm.critic_subsample_size, actor.model.num_q_heads
+    yield from _sac_problems(root) if isinstance(root.algorithm, SacConfig) else _ppo_problems(root)
+
+
+def _sac_problems(root: Root) -> Iterator[tuple[str, str]]:
+    algorithm, model, whole = root.algorithm, root.actor.model, root.actor.global_batch_size
+    assert isinstance(algorithm, SacConfig)
+    if not isinstance(model, QPolicyConfig):
+        yield "actor.model.model_type", f"SAC has no use for {model.model_type}; write flow_policy or mlp_policy"
+        return
+    subset, heads = algorithm.critic_subsample_size, model.num_q_heads
     if subset is not None and subset > heads and not algorithm.subsample_with_replacement:
         yield (
             "algorithm.critic_subsample_size",
@@ -370,6 +439,48 @@ def _batch_problems(root: Root) -> Iterator[tuple[str, str]]:
             f"algorithm.demo_buffer.fraction ({demo.fraction:g}) of actor.global_batch_size ({whole}) leaves no sample "
             "of one kind; bring it nearer to 0.5",
         )
+
+
+def _ppo_problems(root: Root) -> Iterator[tuple[str, str]]:
+    algorithm, model = root.algorithm, root.actor.model
+    assert isinstance(algorithm, PpoConfig)
+    if not isinstance(model, MlpActorCriticConfig):
+        yield (
+            "actor.model.model_type",
+            f"PPO needs a value function, which {model.model_type} has not; write mlp_actor_critic",
+        )
+    if algorithm.reward_type == "action_level" and model.num_action_chunks > 1:
+        yield (
+            "algorithm.reward_type",
+            f"algorithm.reward_type: action_level needs a value for each of the {model.num_action_chunks} actions of a "
+            "chunk, and there is one for the chunk; write chunk_level",
+        )
+    if root.rollout.noise_correlation > 0:
+        yield (
+            "rollout.noise_correlation",
+            "rollout.noise_correlation: PPO needs the true density of what was done, which correlated noise has not; "
+            "write 0",
+        )
+    collected = root.env.train.total_num_envs * _decisions_per_step(root)
+    if root.actor.global_batch_size > collected:
+        yield (
+            "actor.global_batch_size",
+            f"actor.global_batch_size ({root.actor.global_batch_size}) is more than the {collected} decisions of a "
+            "global step; lower it or raise env.train.max_steps_per_rollout_epoch",
+        )
+
+
+def _decisions_per_step(root: Root) -> int:
+    train = root.env.train
+    return train.max_steps_per_rollout_epoch // root.actor.model.num_action_chunks * train.rollout_epoch
+
+
+def updates_per_step(root: Root) -> int:
+    """Gradient updates in a global step: `update_epoch` for SAC; for PPO all minibatches of so many passes, at most."""
+    if isinstance(root.algorithm, SacConfig):
+        return root.algorithm.update_epoch
+    collected = root.env.train.total_num_envs * _decisions_per_step(root)
+    return root.algorithm.update_epoch * math.ceil(collected / root.actor.global_batch_size)
 
 
 def _env_problems(section: str, env: EnvConfig, root: Root) -> Iterator[tuple[str, str]]:

@@ -223,6 +223,8 @@ class _Problem:
 
 def _validate(name: str, tree: dict[str, Any], sources: SourceMap, typed: set[str]) -> Root:
     spelt, conflicts = apply_aliases(tree, typed)
+    if isinstance(tree.get("algorithm"), dict):
+        tree["algorithm"].setdefault("loss_type", "embodied_sac")
     problems = [_Problem(path, f"{path} {message}") for path, message in conflicts]
     try:
         root = Root.model_validate(tree)

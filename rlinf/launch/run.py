@@ -28,7 +28,7 @@ from rlinf.launch.build import (
     set_matmul_precision,
     simulates_on_cpu,
 )
-from rlinf.launch.config import Root
+from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.parse import load_config
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
@@ -132,7 +132,7 @@ def schedule_of(config: Root) -> Schedule:
         num_steps=runner.total_steps,
         chunks=train.max_steps_per_rollout_epoch // config.actor.model.num_action_chunks,
         segments=train.rollout_epoch,
-        updates=config.algorithm.update_epoch,
+        updates=updates_per_step(config),
         eval_interval=runner.val_check_interval,
         film_every=config.env.eval.video_cfg.every if config.env.eval is not None else 0,
         save_interval=runner.save_interval,

@@ -136,7 +136,7 @@ class _Run:
         if not crew.stop.is_set():
             rates = self._rates(before, after, collection.seconds, updating.seconds)
             env = {f"env/{name}": value for name, value in episodes.items()}
-            train = {f"train/{name}": value for name, value in metrics.items()}
+            train = {name if name.startswith("rollout/") else f"train/{name}": x for name, x in metrics.items()}
             self.reporter.log(step, env | evaluation | train | rates)
 
     def stop(self, step: int) -> None:

@@ -77,7 +77,8 @@ class LearnerWorker:
             for _ in range(epochs):
                 if self.stop.is_set():
                     break
-                latest = self.algorithm.update()
+                if not (latest := self.algorithm.update()):
+                    break
                 self.progress = Progress(self.progress.env_steps, self.progress.updates + 1)
                 metrics.add(latest)
                 for tag, value in latest.items():

@@ -6,7 +6,7 @@ from textwrap import dedent
 import pytest
 
 from rlinf.core.errors import ConfigError
-from rlinf.launch.config import Root
+from rlinf.launch.config import PpoConfig, Root, updates_per_step
 from rlinf.launch.parse import load_config
 
 RECIPE = """\
@@ -26,6 +26,19 @@ RECIPE = """\
       entropy_tuning:
         optim:
           lr: 1.0e-3
+    """
+
+PPO_RECIPE = """\
+    defaults:
+      - env@env.train: reach
+      - _self_
+
+    algorithm: {loss_type: actor_critic, adv_type: gae, update_epoch: 3}
+    actor:
+      micro_batch_size: 8
+      global_batch_size: 8
+      optim: {value_lr: 1.0e-4}
+      model: {model_type: mlp_policy}
     """
 
 FILES = {
@@ -191,11 +204,43 @@ def test_an_alias_that_contradicts_our_key_is_an_error(folder: Path) -> None:
 
 
 def test_an_error_in_an_alias_names_what_was_written(folder: Path) -> None:
+    write(folder, "odd.yaml", "defaults: [demo, _self_]\nalgorithm:\n  adv_type: grpo\n")
+    assert problems(folder, name="odd") == [
+        "configuration 'odd' has 1 problem:",
+        "  algorithm.loss_type = 'grpo': choose embodied_sac or actor_critic   [odd.yaml:3]",
+    ]
+
+
+def test_the_advantages_of_ppo_are_no_alias(folder: Path) -> None:
     write(folder, "odd.yaml", "defaults: [demo, _self_]\nalgorithm:\n  adv_type: gae\n")
     assert problems(folder, name="odd") == [
         "configuration 'odd' has 1 problem:",
-        "  algorithm.adv_type = 'gae': choose embodied_sac   [odd.yaml:3]",
+        "  algorithm.adv_type: not a key of loss_type: embodied_sac   [odd.yaml:3]",
     ]
+
+
+def test_the_mlp_policy_of_ppo_has_a_value_function(folder: Path) -> None:
+    write(folder, "ppo.yaml", PPO_RECIPE)
+    root = load(folder, name="ppo")
+    assert isinstance(root.algorithm, PpoConfig)
+    assert root.actor.model.model_type == "mlp_actor_critic"
+    assert root.actor.critic_optim.lr == 1e-4
+    assert updates_per_step(root) == 3 * 5  # three passes over 40 decisions in minibatches of 8
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("algorithm.tau=0.1", "algorithm.tau: not a key of loss_type: actor_critic"),
+        ("rollout.noise_correlation=0.5", "rollout.noise_correlation: PPO needs the true density"),
+        ("actor.global_batch_size=4000", "actor.global_batch_size (4000) is more than the 40 decisions"),
+        ("actor.model.model_type=flow_policy", "PPO needs a value function, which flow_policy has not"),
+        ("algorithm.kl_beta=0.1", "algorithm.kl_beta: not used here; no loss here has such a term"),
+    ],
+)
+def test_what_ppo_refuses(folder: Path, override: str, text: str) -> None:
+    write(folder, "ppo.yaml", PPO_RECIPE)
+    assert any(text in line for line in problems(folder, override, name="ppo"))
 
 
 # ---- what is refused
@@ -277,7 +322,8 @@ def test_a_key_of_another_model_is_named_as_such(folder: Path) -> None:
     [
         (
             "actor.model.model_type=mlp_polcy",
-            "actor.model.model_type = 'mlp_polcy': did you mean mlp_policy? choose flow_policy or mlp_policy",
+            "actor.model.model_type = 'mlp_polcy': did you mean mlp_policy? choose flow_policy, mlp_policy or "
+            "mlp_actor_critic",
         ),
         ("algorithm.agg_q=max", "algorithm.agg_q = 'max': choose min or mean"),
         (

@@ -15,7 +15,7 @@ import rlinf
 from rlinf.core.types import Trajectory
 from rlinf.data.demos import DemoMeta, write_demos
 from rlinf.launch.build import build_crew, build_evaluator
-from rlinf.launch.config import Root
+from rlinf.launch.config import Root, SacConfig
 from rlinf.launch.parse import key_paths, load_config, models_in
 from rlinf.runners.crew import Crew
 from rlinf.workers.learner_worker import LearnerWorker
@@ -58,8 +58,13 @@ def test_every_yaml_belongs_to_a_recipe() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path) -> None:
     overrides = ["env.train.num_workers=0", "env.eval.num_workers=0", "actor.num_threads=1"]
-    overrides += ["algorithm.replay_buffer.min_buffer_size=1", "env.eval.video_cfg.save_video=False"]
-    if load(name).algorithm.demo_buffer is not None:
+    overrides += ["env.eval.video_cfg.save_video=False"]
+    algorithm = load(name).algorithm
+    off_policy = isinstance(algorithm, SacConfig)
+    if off_policy:
+        overrides += ["algorithm.replay_buffer.min_buffer_size=1"]
+    has_demos = isinstance(algorithm, SacConfig) and algorithm.demo_buffer is not None
+    if has_demos:
         overrides.append(f"algorithm.demo_buffer.load_path={record(tmp_path)}")
     root = load(name, f"profile={profile}", *overrides)
     crew, networks, weights = build_crew(root, torch.device("cpu"))
@@ -69,9 +74,10 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
         metrics = learn(crew)
     finally:
         assert crew.close() == []
-    assert metrics["replay_buffer/size"] == 2 * root.env.train.total_num_envs
-    assert torch.isfinite(torch.tensor(metrics["sac/critic_loss"]))
-    assert ("demo_buffer/size" in metrics) == (root.algorithm.demo_buffer is not None)
+    if off_policy:
+        assert metrics["replay_buffer/size"] == 2 * root.env.train.total_num_envs
+    assert torch.isfinite(torch.tensor(metrics["sac/critic_loss" if off_policy else "critic/value_loss"]))
+    assert ("demo_buffer/size" in metrics) == has_demos
 
 
 def learn(crew: Crew) -> dict[str, float]:

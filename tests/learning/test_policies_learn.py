@@ -17,6 +17,7 @@ POLICIES = {
     "flow transformer, learned noise": ["reach_sac_flow", "actor.model.flow_actor_type=FlowTActor"],
     "gated flow": ["reach_sac_flow", "actor.model.flow_actor_type=FlowGActor"],
     "flow with drift correction": ["reach_sac_flow", "actor.model.drift_correction=True"],
+    "gaussian by PPO": ["reach_ppo_mlp"],
 }
 
 

@@ -28,7 +28,7 @@ from rlinf.core.protocols import Mode
 from rlinf.core.types import ActionOut, Obs
 from rlinf.functional.flow import Velocity, integrate, largest_corrected_std, sample_path
 from rlinf.functional.squash import UNIT_GAUSSIAN_ENTROPY, tanh_log_det
-from rlinf.models.embodiment.state_policy import ActivationKey, StatePolicyConfig
+from rlinf.models.embodiment.state_policy import ActivationKey, QPolicyConfig
 from rlinf.models.modules.flow_actor import FlowGate, FlowTransformer, NoiseRange
 from rlinf.models.modules.mlp import mlp
 from rlinf.models.modules.running_norm import RunningNorm
@@ -39,7 +39,7 @@ SQUASH_ENTROPY_PER_DIM = -1.0
 """E log(1 − tanh²x) that the default target allows per action element; a uniform action on (−1, 1) has −0.61."""
 
 
-class FlowPolicyConfig(StatePolicyConfig):
+class FlowPolicyConfig(QPolicyConfig):
     """Keys of `actor.model` for `model_type: flow_policy`."""
 
     model_type: Literal["flow_policy"] = Field("flow_policy", description="Selects this policy.")

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from rlinf.core.protocols import Mode
 from rlinf.core.types import ActionOut, Obs
 from rlinf.functional.squash import tanh_log_det, unit_gaussian_log_prob
-from rlinf.models.embodiment.state_policy import ActivationKey, StatePolicyConfig
+from rlinf.models.embodiment.state_policy import ActivationKey, QPolicyConfig
 from rlinf.models.modules.mlp import mlp
 from rlinf.models.modules.running_norm import RunningNorm
 
 
-class MlpPolicyConfig(StatePolicyConfig):
+class MlpPolicyConfig(QPolicyConfig):
     """Keys of `actor.model` for `model_type: mlp_policy`."""
 
     model_type: Literal["mlp_policy"] = Field("mlp_policy", description="Selects this policy.")

@@ -12,7 +12,7 @@ ActivationKey = Literal["relu", "tanh", "silu", "gelu"]
 
 
 class StatePolicyConfig(Config):
-    """Keys of `actor.model` that do not depend on the kind of policy: its inputs, its outputs, its critics."""
+    """Keys of `actor.model` that do not depend on the kind of policy: its inputs and its outputs."""
 
     input_type: Literal["state"] = Field("state", description="What the policy sees: the state vector.")
     policy_setup: str | None = Field(
@@ -24,6 +24,11 @@ class StatePolicyConfig(Config):
     action_dim: int | None = Field(None, gt=0, description="Expected size of an action; checked against the env.")
     num_action_chunks: int = Field(1, gt=0, description="H, actions per decision, played open loop.")
     normalize_obs: bool = Field(True, description="Normalise the state by its running mean and deviation.")
+
+
+class QPolicyConfig(StatePolicyConfig):
+    """Keys of `actor.model` for a policy that is trained against an ensemble of action values."""
+
     num_q_heads: int = Field(2, gt=0, description="E, critics in the ensemble.")
     q_hidden_dims: tuple[PositiveInt, ...] = Field((256, 256, 256), description="Widths of the critics' hidden layers.")
     q_activation: ActivationKey = Field("relu", description="Critics' activation.")

@@ -1,0 +1,405 @@
+"""Proximal policy optimisation [1] with generalised advantages, value clipping and dual clipping [2].
+
+The losses are pure: densities, advantages and values in, a scalar and its statistics out. `PPO` below holds what they
+are fed with: one collection of experience, that is gone through `update_epoch` times in minibatches.
+
+Differs from [1]: the value loss is Huber's, taken as the larger one of the clipped and the unclipped error; policy and
+value function have an optimizer each, so their gradient norms and learning rates are their own.
+
+    [1] Schulman et al. 2017, arXiv:1707.06347      [2] Ye et al. 2020, arXiv:1912.09729
+
+    B batch, H actions per chunk, A action size
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from rlinf.algorithms.optimize import OptimizerSettings, Stepper, accumulate, load_parts
+from rlinf.core import tree
+from rlinf.core.protocols import ActorCriticNetwork, Buffer
+from rlinf.core.types import Metrics, Obs, Trajectory
+from rlinf.functional.gae import gae
+from rlinf.functional.returns import Bootstrap, fold_chunk
+
+Level = Literal["token_level", "action_level", "chunk_level"]
+Weighting = Literal["token-mean", "seq-mean-token-mean"]
+
+DEFAULT_OPTIMIZER = OptimizerSettings()
+ADVANTAGE_EPSILON = 1e-5
+
+
+def reduce_to(level: Level, x: Float[Tensor, "*b H A"]) -> Float[Tensor, "*b n"]:
+    """Sum the terms of a decision: per element [H·A], per action [H], or all of the chunk [1]."""
+    if level == "token_level":
+        return x.flatten(-2)
+    return x.sum(-1) if level == "action_level" else x.sum((-1, -2)).unsqueeze(-1)
+
+
+def policy_loss(
+    log_prob: Float[Tensor, "B n"],
+    old_log_prob: Float[Tensor, "B n"],
+    advantage: Float[Tensor, " B"],
+    weight: Float[Tensor, " B"],
+    *,
+    clip_low: float,
+    clip_high: float,
+    clip_c: float | None = None,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """L = −E min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A),  ρ = π(a|s) / π_old(a|s).                       [1, Eq. 7]
+
+    With `clip_c` c > 1, what a negative advantage can cost is bounded too: the minimum is not less than c A.
+                                                                                                         [2, Eq. 5]
+
+    Args:
+        log_prob, old_log_prob: of the n parts of a decision that have a ratio of their own.
+        weight: of a sample, 1 on average.
+    """
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    a = advantage[:, None]
+    objective = torch.minimum(ratio * a, clipped * a)
+    if clip_c is not None:
+        objective = torch.where(a < 0, torch.maximum(objective, clip_c * a), objective)
+    loss = -(weight[:, None] * objective).mean()
+    with torch.no_grad():
+        stats: Metrics = {
+            "policy_loss": loss.detach(),
+            "approx_kl": (ratio - 1 - log_ratio).mean(),
+            "clip_fraction": (ratio != clipped).to(ratio.dtype).mean(),
+            "clipped_ratio": clipped.mean(),
+            "ratio": ratio.mean(),
+        }
+        if clip_c is not None:
+            stats["dual_clip_fraction"] = ((a < 0) & (ratio > clip_c)).to(ratio.dtype).mean()
+    return loss, stats
+
+
+def value_loss(
+    value: Float[Tensor, " B"],
+    old_value: Float[Tensor, " B"],
+    returns: Float[Tensor, " B"],
+    weight: Float[Tensor, " B"],
+    *,
+    value_clip: float | None,
+    huber_delta: float,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """E max(h(R − V), h(R − V_clip)),  V_clip = V_old + clip(V − V_old, ±ε_v),  h Huber's loss of threshold δ."""
+    error = F.huber_loss(value, returns, reduction="none", delta=huber_delta)
+    stats: Metrics = {}
+    if value_clip is not None:
+        change = value - old_value
+        near = old_value + change.clamp(-value_clip, value_clip)
+        error = torch.maximum(error, F.huber_loss(near, returns, reduction="none", delta=huber_delta))
+        stats["value_clip_ratio"] = (change.detach().abs() > value_clip).to(value.dtype).mean()
+    loss = (weight * error).mean()
+    return loss, stats | {"value_loss": loss.detach()}
+
+
+def explained_variance(value: Tensor, returns: Tensor) -> Tensor:
+    """1 − Var(R − V) / Var(R): 1 for a perfect value function, 0 for one as good as a constant, or without spread."""
+    spread = returns.var(correction=0)
+    return torch.where(spread > 0, 1 - (returns - value).var(correction=0) / spread, 0.0)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """M decisions of one collection, with what the losses compare them to. Everything has M rows.
+
+    `log_prob` [M, n] is that of the policy that acted; `weight` is 1 on average.
+    """
+
+    obs: Obs
+    decision: Tensor
+    log_prob: Tensor
+    value: Tensor
+    advantage: Tensor
+    returns: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.returns)
+
+    def take(self, rows: Tensor | slice) -> Samples:
+        """Those rows."""
+        return Samples(
+            tree.index(self.obs, rows),
+            self.decision[rows],
+            self.log_prob[rows],
+            self.value[rows],
+            self.advantage[rows],
+            self.returns[rows],
+            self.weight[rows],
+        )
+
+
+class RunningStatistics(Protocol):
+    """Statistics of the observations that the networks normalise by."""
+
+    def update(self, state: Tensor) -> None:
+        """Take in states [B, S]."""
+        ...
+
+
+class PPO:
+    """The stateful half: the collection at hand, its minibatches, and the two optimizers.
+
+    `update` is one minibatch. The collection is gone through `update_epoch` times, in a new order each time; then, or
+    once `target_kl` is exceeded, there is nothing to do until the next one is observed.
+
+    Args:
+        network: policy and value function, on `device`.
+        normalizer: running observation statistics. They move after the last minibatch of a collection, so that within
+            it the policy that is compared with the one that acted differs from it by its weights alone.
+        gamma: discount per environment step.
+        gae_lambda: λ per decision.
+        batch_size, micro_batch_size: samples per optimizer step, and per forward pass.
+        logprob_level, entropy_level: what a decision's terms are summed to, see `reduce_to`.
+        weighting: `token-mean`: all samples alike; `seq-mean-token-mean`: all environments' segments alike, however
+            many of their samples count.
+        entropy_bonus: weight of the policy's entropy.
+        critic_warmup_steps: optimizer steps in which only the value function learns.
+        target_kl: leave the rest of a collection once `approx_kl` of a minibatch is larger; None for never.
+        Others: see the losses.
+    """
+
+    def __init__(
+        self,
+        network: ActorCriticNetwork,
+        *,
+        normalizer: RunningStatistics | None = None,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        bootstrap: Bootstrap = "standard",
+        update_epoch: int = 4,
+        batch_size: int = 256,
+        micro_batch_size: int | None = None,
+        normalize_advantages: bool = True,
+        clip_ratio_low: float = 0.2,
+        clip_ratio_high: float = 0.2,
+        clip_ratio_c: float | None = None,
+        value_clip: float | None = None,
+        huber_delta: float = 10.0,
+        entropy_bonus: float = 0.0,
+        logprob_level: Level = "action_level",
+        entropy_level: Level = "action_level",
+        weighting: Weighting = "token-mean",
+        critic_warmup_steps: int = 0,
+        target_kl: float | None = None,
+        policy_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
+        value_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
+        autocast: bool = False,
+        compile: bool = False,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.network, self.normalizer = network, normalizer
+        self.gamma, self.gae_lambda, self.bootstrap = gamma, gae_lambda, bootstrap
+        self.update_epoch, self.batch_size = update_epoch, batch_size
+        self.micro_batch_size = micro_batch_size or batch_size
+        self.normalize_advantages = normalize_advantages
+        self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c = clip_ratio_low, clip_ratio_high, clip_ratio_c
+        self.value_clip, self.huber_delta, self.entropy_bonus = value_clip, huber_delta, entropy_bonus
+        self.logprob_level, self.entropy_level, self.weighting = logprob_level, entropy_level, weighting
+        self.critic_warmup_steps, self.target_kl = critic_warmup_steps, target_kl
+        self.autocast, self.device = autocast, torch.device(device)
+        self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        self.losses = torch.compile(self._losses, dynamic=False) if compile else self._losses
+        self.policy_stepper = Stepper(network.policy_parameters(), policy_optim)
+        self.value_stepper = Stepper(network.value_parameters(), value_optim)
+        self.updates = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._segments: list[Trajectory] = []
+        self._samples: Samples | None = None
+        self._order: list[Tensor] = []
+        self._passes_left = self.update_epoch
+
+    def observe(self, trajectory: Trajectory) -> None:
+        """Take in a segment. The collection that was learned from before is dropped: it is of an older policy."""
+        if trajectory.log_prob is None or trajectory.value is None:
+            raise ValueError("PPO learns from decisions whose density and value were recorded when acting")
+        if self._samples is not None:
+            self._forget()
+        self._segments.append(trajectory)
+
+    def ready(self) -> bool:
+        """Whether there is a collection to learn from."""
+        return bool(self._segments)
+
+    def update(self) -> Metrics:
+        """One minibatch of the collection; with the first one also `rollout/...`. Nothing when it is used up."""
+        metrics: Metrics = {}
+        if self._samples is None:
+            self._samples, metrics = self._prepare()
+        if not self._order:
+            if self._passes_left == 0:
+                return metrics
+            self._passes_left -= 1
+            shuffled = torch.randperm(len(self._samples), generator=self.generator).to(self.device)
+            self._order = list(shuffled.split(self.batch_size))
+        metrics |= self._step(self._samples.take(self._order.pop(0)))
+        self.updates += 1
+        if self.target_kl is not None and float(metrics["actor/approx_kl"]) > self.target_kl:
+            self._order, self._passes_left = [], 0
+        if not self._order and self._passes_left == 0 and self.normalizer is not None:
+            self.normalizer.update(self._samples.obs["state"])
+        return metrics
+
+    @torch.no_grad()
+    def _prepare(self) -> tuple[Samples, Metrics]:
+        """Advantages and returns of the collection, as samples, and statistics of it."""
+        parts, rewards = [], []
+        for segment in self._segments:
+            samples, reward = self._samples_of(segment)
+            parts.append(samples)
+            rewards.append(reward)
+        advantage = torch.cat([part.advantage for part in parts])
+        returns = torch.cat([part.returns for part in parts])
+        value = torch.cat([part.value for part in parts])
+        metrics: Metrics = {
+            "rollout/rewards": torch.cat(rewards).mean(),
+            "rollout/advantages_mean": advantage.mean(),
+            "rollout/advantages_max": advantage.max(),
+            "rollout/advantages_min": advantage.min(),
+            "rollout/returns_mean": returns.mean(),
+            "critic/explained_variance": explained_variance(value, returns),
+        }
+        if self.normalize_advantages:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + ADVANTAGE_EPSILON)
+        weight = torch.cat([part.weight for part in parts])
+        samples = Samples(
+            obs=tree.cat([part.obs for part in parts]),
+            decision=torch.cat([part.decision for part in parts]),
+            log_prob=torch.cat([part.log_prob for part in parts]),
+            value=value,
+            advantage=advantage,
+            returns=returns,
+            weight=weight / weight.mean(),
+        )
+        return samples, metrics
+
+    def _samples_of(self, segment: Trajectory) -> tuple[Samples, Tensor]:
+        """The valid decisions of a segment in time-major order, and the reward of each."""
+        device = self.device
+        reward, discount = fold_chunk(segment.reward, segment.terminated, self.gamma, self.bootstrap)
+        assert segment.value is not None and segment.log_prob is not None
+        value = segment.value.to(device)
+        obs, last_obs = tree.to(segment.obs, device), tree.to(segment.last_obs, device)
+        with self._precision():
+            after = self.network.value(tree.index(obs, -1)).float()
+            next_value = torch.cat([value[1:], after[None]])
+            if len(segment.last_index):
+                t, n = segment.last_index.to(device).unbind(1)
+                next_value[t, n] = self.network.value(last_obs).float()
+        done = (segment.terminated.any(-1) | segment.truncated).to(device)
+        advantage, returns = gae(
+            reward.to(device),
+            discount.to(device),
+            done,
+            value,
+            next_value,
+            lam=self.gae_lambda,
+            gamma=self.gamma ** segment.reward.shape[-1],
+        )
+        valid = segment.valid.to(device)
+        weight = torch.ones_like(advantage)
+        if self.weighting == "seq-mean-token-mean":
+            weight = (1 / valid.sum(0).clamp(min=1)).expand_as(weight)
+        rows = valid.flatten().nonzero().flatten()
+
+        def flat(x: Tensor) -> Tensor:
+            return x.to(device).flatten(0, 1)[rows]
+
+        now = tree.index(obs, slice(0, -1))
+        samples = Samples(
+            obs=tree.tree_map(flat, now),
+            decision=flat(segment.decision),
+            log_prob=reduce_to(self.logprob_level, flat(segment.log_prob)),
+            value=flat(value),
+            advantage=flat(advantage),
+            returns=flat(returns),
+            weight=flat(weight),
+        )
+        return samples, flat(segment.reward.sum(-1))
+
+    def _step(self, batch: Samples) -> Metrics:
+        """One optimizer step of both networks, of the value function alone while it warms up."""
+        parts = [batch.take(slice(i, i + self.micro_batch_size)) for i in range(0, len(batch), self.micro_batch_size)]
+        steppers = {"critic": self.value_stepper}
+        if self.updates >= self.critic_warmup_steps:
+            steppers["actor"] = self.policy_stepper
+        for stepper in steppers.values():
+            stepper.begin()
+        trained = [parameter for stepper in steppers.values() for parameter in stepper.parameters]
+        shares = [len(part) / len(batch) for part in parts]
+        metrics = accumulate(lambda part: self.losses(part, "actor" in steppers), parts, trained, shares)
+        for name, stepper in steppers.items():
+            metrics[f"{name}/lr"] = stepper.lr
+            metrics[f"{name}/grad_norm"] = stepper.apply()
+        return metrics
+
+    def _losses(self, batch: Samples, policy_too: bool) -> tuple[Tensor, Metrics]:
+        with self._precision():
+            log_prob, entropy, value = self.network.evaluate(batch.obs, batch.decision)
+        loss, critic = value_loss(
+            value.float(),
+            batch.value,
+            batch.returns,
+            batch.weight,
+            value_clip=self.value_clip,
+            huber_delta=self.huber_delta,
+        )
+        stats: Metrics = {f"critic/{name}": number for name, number in critic.items()}
+        if policy_too:
+            surrogate, actor = policy_loss(
+                reduce_to(self.logprob_level, log_prob.float()),
+                batch.log_prob,
+                batch.advantage,
+                batch.weight,
+                clip_low=self.clip_ratio_low,
+                clip_high=self.clip_ratio_high,
+                clip_c=self.clip_ratio_c,
+            )
+            bonus = (batch.weight[:, None] * reduce_to(self.entropy_level, entropy.float())).mean()
+            loss = loss + surrogate - self.entropy_bonus * bonus
+            stats |= {f"actor/{name}": number for name, number in actor.items()}
+            stats["entropy_loss"] = bonus.detach()
+        return loss, stats | {"loss": loss.detach()}
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def acting_weights(self) -> tuple[int, dict[str, Tensor]]:
+        """(number of updates, copy of all weights and statistics)."""
+        return self.updates, {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+
+    def buffers(self) -> dict[str, Buffer]:
+        """None: what was learned from is of no more use."""
+        return {}
+
+    def _parts(self) -> dict[str, Any]:
+        return {"network": self.network, "policy_optim": self.policy_stepper, "value_optim": self.value_stepper}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Network, optimizers, generator and the update counter; not the collection at hand."""
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        return state | {"updates": self.updates, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`. Raises CheckpointError naming the part that is missing or does not fit."""
+        load_parts(self._parts(), state)
+        self.updates = state["updates"]
+        self.generator.set_state(state["generator"].cpu())
+        self._forget()
