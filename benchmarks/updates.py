@@ -13,6 +13,10 @@ flow   Flow-T policy and batch of the published recipe (batch 512, D = 96, two l
        same function and losses with the full decoder at every step and a loop over critics. "state 3x256" adds the
        tanh layers that the published recipe's code has before the flow network, and rlinf's recipe has not.
 
+ppo    Gaussian policy with a value function, 3x256 tanh, minibatches of 256 out of 25,600 decisions: one optimizer step
+       of policy and value. The peer is Stable-Baselines3's own `PPO.train()` on the same experience; it clips the joint
+       gradient of both networks and rlinf that of each, the work is the same.
+
 bf16 is `actor.precision: bf16` on a CPU: float32 tensors, inner products in bfloat16 where the processor has them.
 The peers get the same setting in rows of their own. Freed memory is kept in the process for all of them, as
 in a run of rlinf. "batch given" leaves the replay buffer out.
@@ -24,6 +28,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,10 +37,13 @@ from full_form import FullFlowPolicy, FullFormSac, LoopedCritics
 from measure import ROOT, Contender, Run, in_turns, number, parser, print_setting, print_table, repeat
 from torch.utils.flop_counter import FlopCounterMode
 
+from rlinf.algorithms.optimize import OptimizerSettings
+from rlinf.algorithms.ppo import PPO
 from rlinf.algorithms.sac import SAC
 from rlinf.core.types import EnvSpaces, Trajectory, Transition
 from rlinf.launch.build import build_algorithm, build_networks, keep_freed_memory
 from rlinf.launch.parse import load_config
+from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic
 
 STATE, ACTION, ENVS = 42, 4, 16
 SPACES = EnvSpaces({"state": (STATE,)}, {"state": "float32"}, ACTION)
@@ -97,6 +105,7 @@ def rlinf_learner(recipe: str, batch_size: int, played: Trajectory, *overrides: 
         CONFIG_DIR,
     )
     learner = build_algorithm(config, build_networks(config, SPACES), torch.device("cpu"))
+    assert isinstance(learner, SAC)
     learner.observe(played)
     return learner
 
@@ -107,20 +116,13 @@ def sb3_learner(widths: list[int], played: Trajectory) -> Any:
         sb3 = importlib.import_module("stable_baselines3")
         vec_env = importlib.import_module("stable_baselines3.common.vec_env")
         logger = importlib.import_module("stable_baselines3.common.logger")
-        gymnasium = importlib.import_module("gymnasium")
     except ImportError as error:
         print(f"(stable_baselines3 skipped: {error}; `bash requirements/install.sh embodied --bench` adds it)")
         return None
 
-    class Nowhere(gymnasium.Env):  # type: ignore[name-defined, misc]
-        """Only what a learner asks of an environment before it is stepped."""
-
-        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE,), np.float32)
-        action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION,), np.float32)
-
     learner = sb3.SAC(
         "MlpPolicy",
-        vec_env.DummyVecEnv([Nowhere] * ENVS),
+        vec_env.DummyVecEnv([nowhere()] * ENVS),
         gamma=0.8,
         buffer_size=played.num_steps * ENVS,
         policy_kwargs={"net_arch": widths},
@@ -163,7 +165,7 @@ def limit_name(precision: Precision) -> str:
     return f"limit: matrix products, {precision}"
 
 
-def gflop_per_update(learner: SAC, updates: int) -> float:
+def gflop_per_update(learner: SAC | PPO, updates: int) -> float:
     """Matrix products of one update, the mean over `updates`, in 1e9 multiplications and additions."""
     with FlopCounterMode(display=False) as counter:
         for _ in range(updates):
@@ -186,7 +188,7 @@ def both_ways(learner: Any, buffer_owner: str, batch_size: int, update: Callable
     return [repeat(update, units), repeat(from_given, units)]
 
 
-def several(learner: SAC, count: int) -> Callable[[], object]:
+def several(learner: SAC | PPO, count: int) -> Callable[[], object]:
     """`count` updates, so that critic and actor updates are in their proportion."""
 
     def updates() -> None:
@@ -293,6 +295,98 @@ def report_flow(num_critics: int, batch_size: int, stored: int, rounds: int, bud
     measure(title, runs, peer_of, gflop, rounds, budget_s)
 
 
+def report_ppo(batch_size: int, stored: int, rounds: int, budget_s: float) -> None:
+    """Minibatches of PPO against Stable-Baselines3."""
+    steps = stored // ENVS
+    widths = [256, 256, 256]
+    torch.manual_seed(0)
+    network = MlpActorCritic(STATE, ACTION, tuple(widths), tuple(widths))
+    optim = OptimizerSettings(lr=3e-4, clip_grad=0.5)
+    ours = PPO(
+        network, gamma=0.99, update_epoch=1_000_000_000, batch_size=batch_size, policy_optim=optim, value_optim=optim
+    )
+    segment = acted(network, experience(steps))
+    ours.observe(segment)
+    gflop = gflop_per_update(ours, 1)
+    runs: list[tuple[str, Run]] = [("rlinf", repeat(several(ours, 10), 10))]
+    theirs = sb3_ppo(widths, segment, batch_size)
+    if theirs is not None:
+        runs.append(("stable_baselines3", repeat(theirs.train, steps * ENVS / batch_size)))
+    title = f"ppo: policy and value 3x256, minibatches of {batch_size} out of {steps * ENVS:,}"
+    measure(
+        title,
+        runs,
+        lambda name: "stable_baselines3, fp32" if name.startswith("rlinf") else None,
+        gflop,
+        rounds,
+        budget_s,
+    )
+
+
+def acted(network: MlpActorCritic, played: Trajectory) -> Trajectory:
+    """The same experience as if `network` had acted, with densities and values."""
+    steps = played.num_steps
+    state = played.obs["state"][:-1].flatten(0, 1)
+    out = network.act({"state": state}, "train", torch.randn(len(state), ACTION))
+    assert out.log_prob is not None
+    assert out.value is not None
+    return replace(
+        played,
+        decision=out.decision.unflatten(0, (steps, ENVS)),
+        log_prob=out.log_prob.unflatten(0, (steps, ENVS)),
+        value=out.value.unflatten(0, (steps, ENVS)),
+    )
+
+
+def sb3_ppo(widths: list[int], played: Trajectory, batch_size: int) -> Any:
+    """Stable-Baselines3's PPO with these networks and the same experience; None without it."""
+    try:
+        sb3 = importlib.import_module("stable_baselines3")
+        vec_env = importlib.import_module("stable_baselines3.common.vec_env")
+        logger = importlib.import_module("stable_baselines3.common.logger")
+    except ImportError:
+        return None
+    steps = played.num_steps
+    learner = sb3.PPO(
+        "MlpPolicy",
+        vec_env.DummyVecEnv([nowhere()] * ENVS),
+        learning_rate=3e-4,
+        n_steps=steps,
+        batch_size=batch_size,
+        n_epochs=1,
+        policy_kwargs={"net_arch": {"pi": widths, "vf": widths}},
+        device="cpu",
+        seed=0,
+    )
+    learner.set_logger(logger.configure(None, []))
+    buffer = learner.rollout_buffer
+    buffer.reset()
+    assert played.value is not None
+    assert played.log_prob is not None
+    for t in range(steps):
+        buffer.add(
+            played.obs["state"][t].numpy(),
+            played.decision[t].numpy(),
+            played.reward[t, :, 0].numpy(),
+            np.full(ENVS, t == 0),
+            played.value[t],
+            played.log_prob[t].sum((-1, -2)),
+        )
+    buffer.compute_returns_and_advantage(played.value[-1], np.zeros(ENVS))
+    return learner
+
+
+def nowhere() -> type:
+    """An environment that only says what a learner asks before it is stepped."""
+    gymnasium = importlib.import_module("gymnasium")
+
+    class Nowhere(gymnasium.Env):  # type: ignore[name-defined, misc]
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE,), np.float32)
+        action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION,), np.float32)
+
+    return Nowhere
+
+
 def full_form(num_critics: int, backbone_dims: tuple[int, ...] = ()) -> tuple[FullFlowPolicy, LoopedCritics]:
     """The peer's networks at the sizes of the flow table."""
     torch.manual_seed(0)
@@ -334,7 +428,7 @@ def measure(
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--only", choices=("mlp", "flow"), help="only these tables (default: both)")
+    options.add_argument("--only", choices=("mlp", "flow", "ppo"), help="only these tables (default: both)")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
@@ -342,12 +436,15 @@ def main() -> None:
     quick = arguments.quick
     rounds, budget_s = (1, 0.02) if quick else (arguments.rounds, arguments.seconds)
     stored = 2_000 if quick else 100_000
-    if arguments.only != "flow":
+    small, large = (32, 32) if quick else (256, 512)
+    if arguments.only in (None, "mlp"):
         for layers in (3,) if quick else (3, 2):
-            report_mlp(layers, 32 if quick else 256, stored, rounds, budget_s)
-    if arguments.only != "mlp":
+            report_mlp(layers, small, stored, rounds, budget_s)
+    if arguments.only in (None, "flow"):
         for num_critics in (2,) if quick else (2, 10):
-            report_flow(num_critics, 32 if quick else 512, stored, rounds, budget_s)
+            report_flow(num_critics, large, stored, rounds, budget_s)
+    if arguments.only in (None, "ppo"):
+        report_ppo(small, stored // 4, rounds, budget_s)
 
 
 if __name__ == "__main__":
