@@ -65,7 +65,8 @@ class EnvConfig(Config):
     num_workers: PositiveInt | Literal["auto"] | Literal[0] = Field(
         "auto",
         description="Processes that step a simulator which runs on the CPU. auto: the most that share the "
-        "environments evenly, at most one per core; 0: step in the calling process.",
+        "environments evenly, at most one per core, less one for a learner that works on the CPU meanwhile; 0: step in "
+        "the calling process.",
     )
     video_cfg: VideoConfig = Field(default_factory=VideoConfig, description="Filming.")
 

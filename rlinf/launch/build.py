@@ -88,11 +88,21 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def num_simulator_processes(env: EnvConfig, num_envs: int) -> int:
-    """`num_workers` with auto resolved: the most that share `num_envs` evenly, at most one per core."""
+def num_simulator_processes(env: EnvConfig, num_envs: int, cores: int | None = None) -> int:
+    """`num_workers` with auto resolved: the most that share `num_envs` evenly, at most one per core (None: all)."""
     if env.num_workers != "auto":
         return env.num_workers
-    return max(count for count in range(1, min(num_cores(), num_envs) + 1) if num_envs % count == 0)
+    most = min(cores or num_cores(), num_envs)
+    return max(count for count in range(1, most + 1) if num_envs % count == 0)
+
+
+def cores_for_training_envs(config: Root) -> int:
+    """CPU cores that step simulators in training: all, or all but one when a learner on the CPU works meanwhile.
+
+    With a simulator on its core too, an update took a quarter longer (docs/LOG.md).
+    """
+    busy = config.runner.overlap and config.profile == "cpu"
+    return max(1, num_cores() - 1) if busy else num_cores()
 
 
 def simulates_on_cpu(env: EnvConfig) -> bool:
@@ -104,28 +114,34 @@ def simulates_on_cpu(env: EnvConfig) -> bool:
 
 
 def num_learner_threads(config: Root) -> int:
-    """`actor.num_threads` with auto resolved."""
+    """`actor.num_threads` with auto resolved.
+
+    Half of the cores at most: the products of a recipe's networks are small, and a thread that waits for its share
+    of them costs more than it brings (on two cores an update took 14 ms with one thread and 17 to 29 with two).
+    """
     if config.actor.num_threads != "auto":
         return config.actor.num_threads
-    train = config.env.train
-    if not (config.runner.overlap and simulates_on_cpu(train)):
-        return num_cores()
-    stages = config.rollout.pipeline_stage_num
-    return max(1, num_cores() - num_simulator_processes(train, train.total_num_envs // stages))
+    train, free = config.env.train, num_cores()
+    if config.runner.overlap and simulates_on_cpu(train):
+        num_envs = train.total_num_envs // config.rollout.pipeline_stage_num
+        free -= num_simulator_processes(train, num_envs, cores_for_training_envs(config))
+    return max(1, min(free, num_cores() // 2))
 
 
 # ---- environments
 
 
-def make_env(env: EnvConfig, *, num_envs: int, seed: int, policy_setup: str | None, render: bool) -> VectorEnv:
-    """The environments of one worker and stage. Imports the simulator."""
+def make_env(
+    env: EnvConfig, *, num_envs: int, seed: int, policy_setup: str | None, render: bool, cores: int | None = None
+) -> VectorEnv:
+    """The environments of one worker and stage, stepped on so many cores (None: all). Imports the simulator."""
     make = lookup("environment", env.env_type, ENVS)
     return make(
         env,
         num_envs=num_envs,
         seed=seed,
         control_mode=control_mode_of(env, policy_setup),
-        num_workers=num_simulator_processes(env, num_envs),
+        num_workers=num_simulator_processes(env, num_envs, cores),
         render=render,
     )
 
@@ -371,7 +387,7 @@ def build_crew(config: Root, device: torch.device) -> tuple[Crew, Networks, Weig
 
     def env_worker() -> EnvWorker:
         seed = derive_seed(config.runner.seed, f"env/{train.seed}")
-        envs = _make_stages(config, train, seed, stages, render=False)
+        envs = _make_stages(config, train, seed, stages, render=False, cores=cores_for_training_envs(config))
         return EnvWorker(
             0,
             envs,
@@ -482,7 +498,9 @@ def close_envs(env: Group[EnvWorker]) -> None:
     env.end()
 
 
-def _make_stages(config: Root, env: EnvConfig, seed: int, stages: int, *, render: bool) -> list[VectorEnv]:
+def _make_stages(
+    config: Root, env: EnvConfig, seed: int, stages: int, *, render: bool, cores: int | None = None
+) -> list[VectorEnv]:
     made: list[VectorEnv] = []
     try:
         for stage in range(stages):
@@ -493,6 +511,7 @@ def _make_stages(config: Root, env: EnvConfig, seed: int, stages: int, *, render
                     seed=derive_seed(seed, f"stage/{stage}"),
                     policy_setup=config.actor.model.policy_setup,
                     render=render,
+                    cores=cores,
                 )
             )
     except BaseException:
