@@ -273,8 +273,8 @@ class ActorConfig(Config):
     )
     num_threads: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="CPU threads of torch. auto: the cores that do not step simulators while it learns, at most half of "
-        "all and at least one.",
+        description="CPU threads of torch. auto: the cores that do not step simulators while it learns, at most half "
+        "of all and at least one.",
     )
     compile_model: bool = Field(False, description="Compile the losses with torch.compile.")
     precision: Literal["fp32", "bf16"] = Field(

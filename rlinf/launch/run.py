@@ -42,7 +42,6 @@ from rlinf.runners.synchronous import Schedule, run_sync
 from rlinf.runtime.local import Weights
 from rlinf.workers.learner_worker import POLICY_FILE
 
-
 SWITCH_INTERVAL_S = 0.5e-3
 """Python's own 5 ms cost an update of some milliseconds a tenth."""
 

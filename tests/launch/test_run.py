@@ -397,7 +397,20 @@ def test_auto_threads_leave_cores_to_simulators(monkeypatch: pytest.MonkeyPatch)
         fixed = ["profile=cpu", "env.train.total_num_envs=32", "runner.overlap=True", "actor.num_threads=auto"]
         return build.num_learner_threads(load_config("maniskill_sac_mlp", [*fixed, *overrides], CONFIG_DIR))
 
-    assert threads("env.train.num_workers=1") == 3
-    assert threads("env.train.num_workers=auto") == 1
-    assert threads("env.train.num_workers=auto", "runner.overlap=False") == 4
-    assert threads("actor.num_threads=2") == 2
+    assert threads("env.train.num_workers=4") == 1
+    assert threads("env.train.num_workers=1") == 2  # at most half of all
+    assert threads("env.train.num_workers=auto") == 2  # three cores could step 32 environments: two processes do
+    assert threads("env.train.num_workers=auto", "runner.overlap=False") == 2
+    assert threads("actor.num_threads=3") == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cores"),
+    [([], 3), (["runner.overlap=False"], 4), (["profile=gpu"], 4)],
+)
+def test_a_learner_on_the_cpu_gets_a_core_for_itself(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], cores: int
+) -> None:
+    monkeypatch.setattr(build, "num_cores", lambda: 4)
+    config = load_config("maniskill_sac_mlp", ["profile=cpu", *overrides], CONFIG_DIR)
+    assert build.cores_for_training_envs(config) == cores
