@@ -18,13 +18,14 @@ readonly PYTHONS="python3.11 python3.12 python3.10 python3.13 python3"
 # Everything that the five seed recipes name. "later" is accepted and reported: the recipe is not in this version.
 readonly ENVS="maniskill reach maniskill_libero libero frankasim realworld franka"
 readonly MODELS="mlp_policy flow_policy cnn_policy openpi openvla openvla_oft openvla-oft"
-readonly ENVS_HERE="maniskill reach maniskill_libero"
+readonly ENVS_HERE="maniskill reach maniskill_libero frankasim"
 readonly MODELS_HERE="mlp_policy flow_policy"
 
 VENV=$ROOT/.venv
 EXTRAS=()  # optional dependency groups of pyproject.toml
 COULD_NOT=()  # lines of the closing report
 NEEDS_VULKAN=no
+NEEDS_EGL=no
 USE_MIRROR=no
 
 say() { printf '[install] %s\n' "$*"; }
@@ -74,7 +75,10 @@ nearest() {
 
 choose_env() {
     contains "$1" "$ENVS" || die "unknown --env '$1'; did you mean $(nearest "$1" "$ENVS")? Known: $ENVS"
-    case $1 in maniskill | maniskill_libero) EXTRAS+=(maniskill) NEEDS_VULKAN=yes ;; esac
+    case $1 in
+        maniskill | maniskill_libero) EXTRAS+=(maniskill) NEEDS_VULKAN=yes ;;
+        frankasim) EXTRAS+=(frankasim) NEEDS_EGL=yes ;;
+    esac
     [ "$1" != maniskill_libero ] || could_not "--env $1: its LIBERO half is not in this version; its ManiSkill half is"
     contains "$1" "$ENVS_HERE" || could_not "--env $1: not in this version; nothing was installed for it"
 }
@@ -297,6 +301,20 @@ install_vulkan() {
     fi
 }
 
+# --- EGL ------------------------------------------------------------------------------------------------------
+
+# Whether MuJoCo can draw without a display.
+draws_through_egl() {
+    MUJOCO_GL=egl "$VENV/bin/python" -W ignore -c 'import mujoco; mujoco.GLContext(8, 8).make_current()' \
+        >/dev/null 2>&1
+}
+
+install_egl() {
+    if draws_through_egl; then return; fi
+    apt_install libegl1 libegl-mesa0 libgl1-mesa-dri && draws_through_egl ||
+        could_not "EGL, for pictures of MuJoCo: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; states work without"
+}
+
 # --- the stamp: what is installed, and from which inputs ----------------------------------------------------------
 
 inputs_hash() {
@@ -346,6 +364,7 @@ main() {
         install_libraries
         install_vulkan
     fi
+    if [ "$NEEDS_EGL" = yes ]; then install_egl; fi
     write_stamp "$hash" "$wanted"
     report
 }

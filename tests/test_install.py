@@ -43,7 +43,8 @@ def test_wrong_arguments_are_named_and_nothing_is_made(arguments, message, tmp_p
 def test_every_name_of_the_seed_recipes_is_accepted():
     code = "choose_env frankasim; choose_env maniskill_libero; choose_model openvla; choose_model openpi"
     report = call("install.sh", f"{code}; printf '%s\\n' \"${{COULD_NOT[@]}}\"")
-    assert "--env frankasim: not in this version" in report
+    assert "frankasim" not in report
+    assert call("install.sh", 'choose_env frankasim; echo "${EXTRAS[@]} $NEEDS_EGL"') == "frankasim yes"
     assert "--model openpi: not in this version" in report
     assert (
         call("install.sh", 'choose_env maniskill; echo "${EXTRAS[@]} $NEEDS_VULKAN ${#COULD_NOT[@]}"')

@@ -15,6 +15,10 @@ import numpy as np
 
 _ALIGNMENT = 64
 
+TEXT_BYTES = 512
+TEXT_DTYPE = f"S{TEXT_BYTES}"
+"""Room for one text, an instruction for example, as UTF-8."""
+
 Layout = dict[str, tuple[tuple[int, ...], str]]
 """Name → (shape, numpy dtype name)."""
 

@@ -29,7 +29,7 @@ from rlinf.core import tree
 from rlinf.core.errors import RlinfError, WorkerDied
 from rlinf.core.types import EnvSpaces, EnvStep, Obs
 from rlinf.envs.episodes import INFO_DTYPES, ReplayedEnv, check_action, join_states, split_state
-from rlinf.envs.shared_arrays import Layout, SharedArrays, receive, send
+from rlinf.envs.shared_arrays import TEXT_DTYPE, Layout, SharedArrays, receive, send
 
 START_TIMEOUT_S = 300.0
 """Importing a simulator and compiling shaders for many scenes may take minutes on a slow disk."""
@@ -152,7 +152,11 @@ class SubprocessEnv:
         return torch.from_numpy(self._arrays[name].copy())
 
     def _read_obs(self, kind: Literal["obs", "last_obs"]) -> Obs:
-        return tree.from_leaves({path: self._read(f"{kind}/{path}") for path in self.spaces.obs_shapes})
+        return tree.from_leaves({path: self._read_leaf(f"{kind}/{path}") for path in self.spaces.obs_shapes})
+
+    def _read_leaf(self, name: str) -> Tensor | list[str]:
+        array = self._arrays[name]
+        return [text.decode() for text in array.tolist()] if array.dtype.kind == "S" else self._read(name)
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
@@ -274,5 +278,6 @@ def _layout(spaces: EnvSpaces, num_envs: int, horizon: int) -> Layout:
         layout[f"info/{name}"] = ((num_envs,), str(dtype).removeprefix("torch."))
     for path, shape in spaces.obs_shapes.items():
         for kind in ("obs", "last_obs"):
-            layout[f"{kind}/{path}"] = ((num_envs, *shape), spaces.obs_dtypes[path])
+            name = spaces.obs_dtypes[path]
+            layout[f"{kind}/{path}"] = ((num_envs, *shape), TEXT_DTYPE if name == "str" else name)
     return layout

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from rlinf.core import tree
-from rlinf.core.errors import RlinfError
+from rlinf.core.errors import RlinfError, ShapeError
 from rlinf.core.types import Obs
 from rlinf.envs.episodes import ReplayedEnv
-from rlinf.envs.shared_arrays import SharedArrays, receive, send
+from rlinf.envs.shared_arrays import TEXT_BYTES, SharedArrays, receive, send
 
 
 class Server:
@@ -97,9 +97,20 @@ class Server:
         for path, leaf in tree.leaves(obs):
             self._write(f"{kind}/{path}", leaf)
 
-    def _write(self, name: str, value: torch.Tensor) -> None:
+    def _write(self, name: str, value: torch.Tensor | list[str]) -> None:
         assert self._shared is not None
-        self._shared.arrays[name][self._rows] = value.numpy()
+        self._shared.arrays[name][self._rows] = encoded(value) if isinstance(value, list) else value.numpy()
+
+
+def encoded(texts: list[str]) -> list[bytes]:
+    """As UTF-8. Raises ShapeError for a text that is longer than its place."""
+    codes = [text.encode() for text in texts]
+    longest = max(codes, key=len, default=b"")
+    if len(longest) > TEXT_BYTES:
+        raise ShapeError(
+            f"a text has {len(longest)} bytes, more than {TEXT_BYTES}: {longest[:40].decode(errors='ignore')!r}..."
+        )
+    return codes
 
 
 def main() -> None:

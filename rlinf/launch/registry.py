@@ -10,12 +10,14 @@ from typing import Any
 from rlinf.core.errors import ConfigError
 
 ENVS: Mapping[str, str] = {
+    "frankasim": "rlinf.envs.frankasim.env:make",
     "maniskill": "rlinf.envs.maniskill.env:make",
     "reach": "rlinf.envs.reach:make",
 }
 """`env.*.env_type` → function that makes a `VectorEnv`."""
 
 EXPERTS: Mapping[str, str] = {
+    "frankasim": "rlinf.envs.frankasim.expert:PickCubeExpert",
     "PickCube-v1": "rlinf.envs.maniskill.expert:PickCubeExpert",
 }
 """Task → class of a scripted demonstrator, made with (noise_std, generator) and asked with act(state [N, S])."""

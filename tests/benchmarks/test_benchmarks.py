@@ -255,6 +255,14 @@ def test_env_steps_prints_its_table():
 
 @pytest.mark.sim
 @pytest.mark.slow
+def test_frankasim_steps_prints_its_tables():
+    out = output_of("frankasim_steps.py")
+    for row in ("rlinf      1 proc, 16 envs, H=5", "numpy      1 proc", "mj_step    1 proc", "cheap      1 proc"):
+        assert row in out
+
+
+@pytest.mark.sim
+@pytest.mark.slow
 def test_time_to_success_runs_a_recipe_and_its_peer(tmp_path):
     peer = ["--peer", "sb3"] if HAS_PEER else []
     out = output_of("time_to_success.py", *peer, "--out", str(tmp_path / "results.jsonl"), cwd=tmp_path)

@@ -1,5 +1,6 @@
 """What every VectorEnv keeps, whoever simulates it."""
 
+import copy
 import importlib.util
 from dataclasses import dataclass
 
@@ -11,13 +12,20 @@ from rlinf.core import tree
 from rlinf.core.errors import NonFiniteError, ShapeError
 from rlinf.core.protocols import VectorEnv
 from rlinf.envs import reach
+from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
 
 N, LIMIT = 3, 4
+VISION = "PandaPickCubeVision-v0"
 
 needs_maniskill = [
     pytest.mark.sim,
     pytest.mark.skipif(importlib.util.find_spec("mani_skill") is None, reason="ManiSkill is not installed"),
+]
+
+needs_frankasim = [
+    pytest.mark.sim,
+    pytest.mark.skipif(importlib.util.find_spec("gym_hil") is None, reason="gym-hil is not installed"),
 ]
 
 
@@ -28,12 +36,17 @@ class Kind:
     name: str
     num_workers: int = 0
     stepping: str = "auto"
+    task: str = ""
 
     def make(self, seed=0, num_envs=N, **rules) -> VectorEnv:
         keys = {"total_num_envs": num_envs, "max_episode_steps": LIMIT} | rules
         shared = {"num_envs": num_envs, "seed": seed, "num_workers": self.num_workers, "render": False}
         if self.name == "reach":
             return reach.make(reach.ReachConfig(**keys), control_mode=None, **shared)
+        if self.name == "frankasim":
+            from rlinf.envs.frankasim.env import make
+
+            return make(FrankaSimConfig(gym_id=self.task, image_size=32, **keys), control_mode=None, **shared)
         from rlinf.envs.maniskill.env import make
 
         config = ManiSkillConfig(stepping=self.stepping, init_params={"sim_backend": "cpu"}, **keys)
@@ -44,11 +57,14 @@ KINDS = [
     pytest.param(Kind("reach"), id="reach"),
     pytest.param(Kind("maniskill", 0, "fast"), id="fast", marks=needs_maniskill),
     pytest.param(Kind("maniskill", 0, "maniskill"), id="general", marks=needs_maniskill),
+    pytest.param(Kind("frankasim", task="PandaPickCube-v0"), id="frankasim", marks=needs_frankasim),
+    pytest.param(Kind("frankasim", task=VISION), id="vision", marks=needs_frankasim),
     pytest.param(Kind("maniskill", 2, "fast"), id="processes", marks=needs_maniskill),
+    pytest.param(Kind("frankasim", 2, task=VISION), id="vision-processes", marks=needs_frankasim),
 ]
 
 
-IN_PROCESS = KINDS[:3]
+IN_PROCESS = [kind for kind in KINDS if kind.values[0].num_workers == 0]
 """For tests of rules: processes keep the same ones, and are slow to start."""
 
 _open: dict[tuple, VectorEnv] = {}
@@ -88,7 +104,20 @@ def actions(env, horizon=1, seed=0):
 
 def assert_same(a, b):
     for (path, x), (_, y) in zip(tree.leaves(a), tree.leaves(b), strict=True):
-        assert torch.equal(x, y), path
+        assert x == y if isinstance(x, list) else torch.equal(x, y), path
+
+
+def shape_and_type(leaf):
+    if isinstance(leaf, list):
+        assert len(leaf) == N
+        return (), type(leaf[0]).__name__
+    assert len(leaf) == N
+    return tuple(leaf.shape[1:]), str(leaf.dtype).removeprefix("torch.")
+
+
+def seen(obs):
+    """All numbers of an observation, [N, ...]: in pictures an initial state shows, where proprioception has none."""
+    return torch.cat([leaf.flatten(1).double() for _, leaf in tree.leaves(obs) if isinstance(leaf, torch.Tensor)], 1)
 
 
 def play(env, steps, horizon=1):
@@ -102,10 +131,8 @@ def test_emits_what_its_spaces_say(made):
     step = env.step(actions(env, 2))
     assert env.spaces.max_episode_steps == LIMIT
     for record in (obs, step.obs, step.last_obs):
-        found = {path: (tuple(leaf.shape[1:]), str(leaf.dtype)) for path, leaf in tree.leaves(record)}
-        expected = {
-            path: (shape, f"torch.{env.spaces.obs_dtypes[path]}") for path, shape in env.spaces.obs_shapes.items()
-        }
+        found = {path: shape_and_type(leaf) for path, leaf in tree.leaves(record)}
+        expected = {path: (shape, env.spaces.obs_dtypes[path]) for path, shape in env.spaces.obs_shapes.items()}
         assert found == expected
     assert step.reward.shape == step.terminated.shape == step.intervened.shape == (N, 2)
     assert step.reward.dtype == torch.float32
@@ -188,10 +215,10 @@ def test_a_seed_decides_everything_until_the_next_one(made):
 
 def test_seeds_and_environments_differ(made):
     env = made()
-    first, second = env.reset(1)["state"], env.reset(2)["state"]
+    first, second = seen(env.reset(1)), seen(env.reset(2))
     assert not torch.equal(first, second)
     assert len({tuple(row.tolist()) for row in first}) == N
-    assert not torch.equal(env.reset()["state"], second)
+    assert not torch.equal(seen(env.reset()), second)
 
 
 @pytest.mark.parametrize("kind", IN_PROCESS)
@@ -205,7 +232,7 @@ def test_fixed_resets_return_to_the_same_states(made):
 @pytest.mark.parametrize("kind", IN_PROCESS)
 def test_groups_begin_in_the_same_state(made):
     env = made(num_envs=4, total_num_envs=4, group_size=2)
-    state = env.reset(0)["state"]
+    state = seen(env.reset(0))
     assert torch.equal(state[0], state[1])
     assert torch.equal(state[2], state[3])
     assert not torch.equal(state[0], state[2])
@@ -258,10 +285,9 @@ def test_saved_state_continues_to_the_bit(made):
 def test_records_do_not_change_afterwards(made):
     env = made()
     obs = env.reset(0)
-    copies = {path: leaf.clone() for path, leaf in tree.leaves(obs)}
+    copies = copy.deepcopy(obs)
     play(env, 2)
-    for path, leaf in tree.leaves(obs):
-        assert torch.equal(leaf, copies[path])
+    assert_same(obs, copies)
 
 
 def test_without_a_picture_render_is_none(made):

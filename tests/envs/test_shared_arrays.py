@@ -2,9 +2,12 @@ import os
 from multiprocessing import Pipe
 
 import numpy as np
+import pytest
 import torch
 
+from rlinf.core.errors import ShapeError
 from rlinf.envs.shared_arrays import SharedArrays, receive, send
+from rlinf.envs.subproc_main import encoded
 
 LAYOUT = {"flag": ((3,), "bool"), "picture": ((2, 5, 7, 3), "uint8"), "state": ((2, 3), "float32")}
 
@@ -32,3 +35,9 @@ def test_messages_carry_tensors_by_value():
     send(mine, {"tensor": tensor})
     tensor += 1
     assert receive(theirs)["tensor"].tolist() == [0, 1, 2]
+
+
+def test_a_text_that_is_too_long_for_its_place_is_an_error():
+    assert encoded(["夹起方块"])[0].decode() == "夹起方块"
+    with pytest.raises(ShapeError, match="513 bytes"):
+        encoded(["a" * 513])

@@ -18,6 +18,7 @@ State = Literal["works", "missing", "broken"]
 
 INSTALL = "bash requirements/install.sh embodied"
 MANISKILL = f"{INSTALL} --env maniskill"
+FRANKASIM = f"{INSTALL} --env frankasim"
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ CHECKS = (
     Check("maniskill", "ManiSkill", MANISKILL),
     Check("vulkan", "Vulkan", MANISKILL),
     Check("ffmpeg", "video", INSTALL),
-    Check("mujoco", "MuJoCo and EGL", "sudo apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"),
+    Check("frankasim", "Franka-Sim", FRANKASIM),
+    Check("mujoco", "MuJoCo and EGL", FRANKASIM),
     Check("libero", "LIBERO", ""),
     Check("ray", "Ray", ""),
     Check("wandb", "wandb", f'{sys.executable} -m pip install -e ".[wandb]"'),
     Check("swanlab", "SwanLab", f'{sys.executable} -m pip install -e ".[swanlab]"'),
 )
-# Missing, and fine so: nothing of this version needs it.
-OPTIONAL = {"gpu", "mujoco", "libero", "ray"}
+# Missing, and fine so: only some recipes need it, or none of this version.
+OPTIONAL = {"gpu", "frankasim", "mujoco", "libero", "ray"}
 SIGNS: Mapping[State, tuple[str, str]] = {
     "works": ("ok", "32"),
     "missing": ("--", "33"),

@@ -84,19 +84,31 @@ def vulkan() -> str:
 
 
 def mujoco() -> str:
-    """MuJoCo and an EGL context to render with."""
+    """MuJoCo and an OpenGL context to draw with, through the code that the environments use."""
     if importlib.util.find_spec("mujoco") is None:
-        raise MissingError("not installed; no recipe of this version needs it")
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    module = load("mujoco")
-    model = module.MjModel.from_xml_string("<mujoco><worldbody><geom size='0.1'/></worldbody></mujoco>")
-    data = module.MjData(model)
-    module.mj_step(model, data)
-    renderer = module.Renderer(model, 32, 32)
-    renderer.update_scene(data)
-    renderer.render()
-    renderer.close()
-    return f"{module.__version__}, renders through {os.environ['MUJOCO_GL']}"
+        raise MissingError("not installed; only Franka-Sim needs it")
+    from rlinf.envs.frankasim.pictures import open_context, release_context, renderer_name
+    from rlinf.envs.frankasim.scene import import_mujoco
+
+    module = import_mujoco()
+    context = open_context(32, 32)
+    name = renderer_name()
+    release_context()
+    context.free()
+    return f"{module.__version__}, draws through {os.environ.get('MUJOCO_GL', 'its default')} on {name}"
+
+
+def frankasim() -> str:
+    """The robot's model of Franka-Sim and the compiler of its controller."""
+    if importlib.util.find_spec("gym_hil") is None:
+        raise MissingError("not installed; only its recipes need it")
+    from rlinf.envs.frankasim.scene import scene_file
+
+    scene_file()
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("gym-hil", "mujoco")]
+    if importlib.util.find_spec("numba") is None:
+        return f"{', '.join(versions)}; without numba, half as fast"
+    return f"{', '.join(versions)}, numba {importlib.metadata.version('numba')}"
 
 
 def maniskill() -> str:
@@ -169,7 +181,8 @@ def shared() -> str:
 PROBES = {
     probe.__name__: probe
     for probe in (
-        python, packages, torch, gpu, disk, shared, maniskill, vulkan, ffmpeg, mujoco, libero, ray, wandb, swanlab
+        python, packages, torch, gpu, disk, shared, maniskill, vulkan, ffmpeg, frankasim, mujoco,
+        libero, ray, wandb, swanlab,
     )
 }  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""SERL's Franka-Sim on MuJoCo."""

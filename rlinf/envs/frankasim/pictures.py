@@ -1,0 +1,227 @@
+"""Pictures of the scene: one OpenGL context per process draws all worlds, and only when somebody looks.
+
+Where no GPU draws, the scene as it is takes half a second for the two cameras of one world: shadow maps, eight
+samples per pixel, 190,000 triangles of the robot and 360,000 of the floor, whose grid is a centimetre wide. The
+cheap scene leaves out the first two, welds the vertices of the meshes into cells of some millimetres, which at 128
+pixels are hardly seen, and gives the floor a coarse grid: four milliseconds. Light adds up over the passes that draw
+shadows; in a single pass the floor's texture saturates, so it is made brighter.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlinf.core.errors import MissingDependency
+from rlinf.envs.frankasim.config import Rendering
+from rlinf.envs.frankasim.scene import import_mujoco, scene_file
+
+EGL_COMMAND = "sudo apt-get install --no-install-recommends libegl1 libegl-mesa0 libgl1-mesa-dri"
+SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
+
+CAMERAS = {"front": "front", "wrist": "handcam_rgb"}
+"""Name in the observation → camera of the scene."""
+
+COLLISION_GROUP = 3
+GRIPPER_MESHES = ("base_mount", "base", "driver", "coupler", "follower", "pad", "silicone_pad", "spring_link")
+ARM_CELL_M, GRIPPER_CELL_M = 0.015, 0.005
+FLAT_M = 1e-4
+"""A welded mesh thinner than this has no volume left, and is left out: screws, lamps, labels."""
+FLOOR_GRID_M = 0.25
+FLOOR_BRIGHTNESS = 1.8
+MAX_DRAWN = 200
+"""Geometries in one picture; the scene has 62."""
+
+
+class Painter:
+    """Draws worlds of the scene.
+
+    The context is current in no thread between calls, so any thread may draw, one at a time.
+
+    Args:
+        physics: the compiled scene.
+        width, height: largest picture in pixels.
+        rendering: `auto`, `cheap` or `full`.
+
+    Raises:
+        MissingDependency: no OpenGL context can be made here.
+    """
+
+    def __init__(self, physics: Any, width: int, height: int, rendering: Rendering) -> None:
+        self._mujoco = mujoco = import_mujoco()
+        self._lock = threading.Lock()
+        context = open_context(width, height)
+        software = any(name in renderer_name().lower() for name in SOFTWARE_RENDERERS)
+        self.cheap = rendering == "cheap" or (rendering == "auto" and software)
+        self._model = model = cheap_model(physics) if self.cheap else full_model()
+        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
+        self._data = mujoco.MjData(model)
+        self._scene = mujoco.MjvScene(model, MAX_DRAWN)
+        self._options, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._buffers = buffers = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, buffers)
+        self._context = context
+        release_context()
+        self._finalizer = weakref.finalize(self, _free, context, buffers)
+
+    def draw(self, worlds: Sequence[Any], camera: str, pictures: np.ndarray) -> None:
+        """Fill `pictures`, uint8 [len(worlds), height, width, 3], with what a camera of the scene sees."""
+        mujoco, model, data = self._mujoco, self._model, self._data
+        height, width = pictures.shape[1:3]
+        view = mujoco.MjrRect(0, 0, width, height)
+        upside_down = np.empty((height, width, 3), np.uint8)
+        self._camera.fixedcamid = model.camera(camera).id
+        with self._lock:
+            self._context.make_current()
+            for world, picture in zip(worlds, pictures, strict=True):
+                data.qpos[:], data.mocap_pos[:], data.mocap_quat[:] = world.qpos, world.mocap_pos, world.mocap_quat
+                mujoco.mj_kinematics(model, data)
+                mujoco.mj_comPos(model, data)
+                mujoco.mj_camlight(model, data)
+                everything = mujoco.mjtCatBit.mjCAT_ALL
+                mujoco.mjv_updateScene(
+                    model, data, self._options, self._perturbation, self._camera, everything, self._scene
+                )
+                mujoco.mjr_render(view, self._scene, self._buffers)
+                mujoco.mjr_readPixels(upside_down, None, view, self._buffers)
+                picture[:] = upside_down[::-1]
+            release_context()
+
+    def close(self) -> None:
+        """Free the context. Calling it twice is allowed."""
+        self._finalizer()
+
+
+def _free(context: Any, buffers: Any) -> None:
+    """First what the context holds: freed later, it would tear holes into another context."""
+    context.make_current()
+    buffers.free()
+    release_context()
+    context.free()
+
+
+# ---- OpenGL
+
+
+def open_context(width: int, height: int) -> Any:
+    """MuJoCo's OpenGL context of the kind that MUJOCO_GL names, current in this thread.
+
+    Raises:
+        MissingDependency: there is none.
+    """
+    mujoco = import_mujoco()
+    kind = os.environ.get("MUJOCO_GL", "")
+    try:
+        context = mujoco.GLContext(width, height)
+        context.make_current()
+        renderer_name()
+        return context
+    except Exception as error:  # whichever of OpenGL's, GLFW's or ctypes' own it is
+        chosen = f"MUJOCO_GL={kind}" if kind else "MUJOCO_GL was not set when mujoco was imported"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MissingDependency(
+            f"no OpenGL to draw pictures with ({chosen}; {reason}): run `{EGL_COMMAND}`, or take the state: "
+            "gym_id: PandaPickCube-v0"
+        ) from error
+
+
+def renderer_name() -> str:
+    """What draws in the current context, as OpenGL calls it. Raises RuntimeError where none is."""
+    from OpenGL import GL
+
+    name = GL.glGetString(GL.GL_RENDERER)
+    if name is None:
+        raise RuntimeError("no OpenGL context is current")
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def release_context() -> None:
+    """Make no context current in this thread, so that another thread may use it."""
+    if os.environ.get("MUJOCO_GL", "").lower() == "egl":
+        from mujoco import egl
+
+        nothing = egl.EGL.EGL_NO_SURFACE
+        egl.EGL.eglMakeCurrent(egl.EGL_DISPLAY, nothing, nothing, egl.EGL.EGL_NO_CONTEXT)
+
+
+# ---- the scene
+
+
+def full_model() -> Any:
+    """The scene as it is."""
+    return import_mujoco().MjModel.from_xml_path(str(scene_file()))
+
+
+def cheap_model(physics: Any) -> Any:
+    """The scene without shadows, smoothed edges, small parts and what is not seen.
+
+    Args:
+        physics: the compiled scene, for its meshes.
+    """
+    mujoco = import_mujoco()
+    spec = mujoco.MjSpec.from_file(str(scene_file()))
+    for unseen in [*spec.sensors, *(geom for geom in spec.geoms if geom.group == COLLISION_GROUP)]:
+        spec.delete(unseen)
+    for mesh in list(spec.meshes):
+        mesh.name = mesh.name or Path(mesh.file).stem
+        users = [geom for geom in spec.geoms if geom.meshname == mesh.name]
+        cell = GRIPPER_CELL_M if mesh.name in GRIPPER_MESHES else ARM_CELL_M
+        vertices, faces = weld(*mesh_of(physics, mesh.name), cell)
+        if not users or len(faces) == 0 or is_flat(vertices):
+            for geom in users:
+                spec.delete(geom)
+            spec.delete(mesh)
+            continue
+        mesh.file, mesh.scale = "", (1, 1, 1)
+        mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL  # welded meshes are not watertight
+        mesh.uservert, mesh.userface = vertices.astype(np.float32).ravel(), faces.astype(np.int32).ravel()
+    spec.geom("floor").size[2] = FLOOR_GRID_M
+    model = spec.compile()
+    model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
+    model.light_castshadow[:] = 0
+    model.mat_reflectance[:] = 0
+    _brighten(model, "grid", FLOOR_BRIGHTNESS)
+    return model
+
+
+def mesh_of(model: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices [V, 3] in m in the frame of the mesh's file, and faces [F, 3], of a compiled scene."""
+    mujoco, i = import_mujoco(), model.mesh(name).id
+    vertices = model.mesh_vert[model.mesh_vertadr[i] :][: model.mesh_vertnum[i]].astype(np.float64)
+    faces = model.mesh_face[model.mesh_faceadr[i] :][: model.mesh_facenum[i]]
+    turn = np.zeros(9)
+    mujoco.mju_quat2Mat(turn, model.mesh_quat[i])
+    return vertices @ turn.reshape(3, 3).T + model.mesh_pos[i], faces
+
+
+def weld(vertices: np.ndarray, faces: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
+    """A coarser mesh: the vertices of each cubic cell become their mean, and what is no triangle then is dropped."""
+    _, group = np.unique(np.round(vertices / cell).astype(np.int64), axis=0, return_inverse=True)
+    group = group.ravel()
+    sums = np.stack([np.bincount(group, vertices[:, k]) for k in range(3)], 1)
+    welded = sums / np.bincount(group)[:, None]
+    corners = group[faces]
+    whole = (corners != np.roll(corners, 1, 1)).all(1)
+    corners = corners[whole]
+    _, once = np.unique(np.sort(corners, 1), axis=0, return_index=True)
+    return welded, corners[np.sort(once)]
+
+
+def is_flat(vertices: np.ndarray) -> bool:
+    """Whether points lie nearly in a plane, so that MuJoCo takes them for no mesh."""
+    return len(vertices) < 4 or np.linalg.matrix_rank(vertices - vertices.mean(0), tol=FLAT_M) < 3
+
+
+def _brighten(model: Any, texture: str, factor: float) -> None:
+    i = model.texture(texture).id
+    size = model.tex_height[i] * model.tex_width[i] * model.tex_nchannel[i]
+    pixels = model.tex_data[model.tex_adr[i] :][:size]
+    pixels[:] = np.minimum(pixels * factor, 255).astype(np.uint8)
