@@ -32,7 +32,7 @@ def main() -> int:
 
     try:
         config = load_config(arguments.config_name, arguments.overrides, arguments.config_path)
-        demo_buffer = config.algorithm.demo_buffer
+        demo_buffer = getattr(config.algorithm, "demo_buffer", None)  # PPO has none
         output = arguments.output or (demo_buffer.load_path if demo_buffer else "demos")
         meta = record(
             config,

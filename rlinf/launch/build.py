@@ -26,6 +26,7 @@ from rlinf.data.demos import check_demos, read_demos
 from rlinf.data.mix import MixedReplay
 from rlinf.data.replay import ReplayBuffer
 from rlinf.envs.config import EnvConfig
+from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.functional.returns import fold_chunk
 from rlinf.launch.config import DemoBufferConfig, OptimConfig, PpoConfig, Root, SacConfig, updates_per_step
@@ -108,7 +109,7 @@ def cores_for_training_envs(config: Root) -> int:
 def simulates_on_cpu(env: EnvConfig) -> bool:
     """Whether stepping keeps CPU cores busy."""
     if not isinstance(env, ManiSkillConfig):
-        return False
+        return isinstance(env, FrankaSimConfig)
     backend = env.init_params.sim_backend
     return backend == "cpu" or (backend == "auto" and not torch.cuda.is_available())
 

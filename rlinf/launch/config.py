@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from rlinf.core.config import Config
 from rlinf.envs.config import EnvConfig
+from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.envs.reach import ReachConfig
 from rlinf.models.embodiment.flow_policy import FlowPolicyConfig
@@ -24,7 +25,7 @@ from rlinf.models.embodiment.state_policy import QPolicyConfig
 ROLES = ("actor", "env", "rollout")
 """The parts of a run that `cluster.component_placement` may place."""
 
-AnyEnv = Annotated[ManiSkillConfig | ReachConfig, Field(discriminator="env_type")]
+AnyEnv = Annotated[ManiSkillConfig | FrankaSimConfig | ReachConfig, Field(discriminator="env_type")]
 AnyModel = Annotated[
     FlowPolicyConfig | MlpPolicyConfig | MlpActorCriticConfig,
     Field(discriminator="model_type"),
