@@ -26,7 +26,8 @@ FILES = {
         (["--may-skip", "no CUDA device", "--may-skip", "no network"], "1 skipped, 1 xfailed, 2 errors"),
     ],
 )
-def test_what_may_not_be_skipped_fails(tmp_path, options, told):
+def test_what_may_not_be_skipped_fails(tmp_path, monkeypatch, options, told):
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # those of the run that this test is part of
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
