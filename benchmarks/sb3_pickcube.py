@@ -8,19 +8,15 @@ is the library's default. It runs until it is stopped, and writes lines with the
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
+from sb3_journal import Journal, parser, success_once
 from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from rlinf.envs.maniskill.fast import FastScene
@@ -31,8 +27,6 @@ UPDATES_PER_ROUND = NUM_ENVS // 2
 FIRST_UPDATE_STEPS = 2_000
 EPISODE_STEPS = 50
 EPISODE_SEEDS = 10**5  # of one scene
-EVALUATION_SEED = 10**9
-PROGRESS_STEPS = 2_000
 
 
 class SceneEnv(gymnasium.Env):
@@ -60,77 +54,15 @@ class SceneEnv(gymnasium.Env):
         return self._scene.observe(), reward, False, self._steps >= EPISODE_STEPS, {"success": success}
 
 
-def success_once(model: SAC, envs: list[SceneEnv], episodes: int) -> float:
-    """Share of `episodes` episodes, always the same ones, in which the deterministic policy ever succeeds."""
-    successes = 0
-    for first in range(0, episodes, len(envs)):
-        playing = envs[: episodes - first]
-        obs = np.stack([env.reset(seed=EVALUATION_SEED + first + i)[0] for i, env in enumerate(playing)])
-        reached = np.zeros(len(playing), bool)
-        for _ in range(EPISODE_STEPS):
-            actions, _ = model.predict(obs, deterministic=True)
-            steps = [env.step(action) for env, action in zip(playing, actions, strict=True)]
-            obs = np.stack([step[0] for step in steps])
-            reached |= np.array([step[4]["success"] for step in steps])
-        successes += int(reached.sum())
-    return successes / episodes
-
-
-class Journal(BaseCallback):
-    """Evaluates every `eval_steps` environment steps and writes what happened."""
-
-    def __init__(self, path: Path, envs: list[SceneEnv], eval_steps: int, episodes: int) -> None:
-        super().__init__()
-        self._file = path.open("a")
-        self._envs, self._eval_steps, self._episodes = envs, eval_steps, episodes
-        self._began_s = time.monotonic()
-        self._next_eval, self._next_line = eval_steps, PROGRESS_STEPS
-        self._collected_s: float | None = None
-        self._learning_s = 0.0
-
-    def _on_rollout_start(self) -> None:
-        if self._collected_s is not None:
-            self._learning_s += time.monotonic() - self._collected_s
-
-    def _on_rollout_end(self) -> None:
-        self._collected_s = time.monotonic()
-
-    def _on_step(self) -> bool:
-        row: dict[str, float] = {}
-        if self.num_timesteps >= self._next_eval:
-            self._next_eval += self._eval_steps
-            began_s = time.monotonic()
-            assert isinstance(self.model, SAC)
-            row["eval/success_once"] = success_once(self.model, self._envs, self._episodes)
-            row["time/eval"] = time.monotonic() - began_s
-        if row or self.num_timesteps >= self._next_line:
-            self._next_line = self.num_timesteps + PROGRESS_STEPS
-            self._write(row)
-        return True
-
-    def _write(self, row: dict[str, float]) -> None:
-        row |= {
-            "step": self.n_calls,
-            "elapsed_s": time.monotonic() - self._began_s,
-            "time/env_steps": self.num_timesteps,
-            "time/updates": self.model._n_updates,
-            "time/actor_training": self._learning_s,
-        }
-        self._learning_s = 0.0
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+def deterministic_actions(model: SAC, obs: np.ndarray) -> np.ndarray:
+    """Of the policy without noise."""
+    return model.predict(obs, deterministic=True)[0]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--journal", type=Path, required=True, help="file that lines are appended to")
-    options.add_argument("--seed", type=int, default=0)
+    options = parser(__doc__, eval_steps=10_000)
     options.add_argument("--task", default="PickCube-v1")
     options.add_argument("--control-mode", default="pd_ee_delta_pos")
-    options.add_argument("--eval-steps", type=int, default=10_000, help="environment steps between evaluations")
-    options.add_argument("--episodes", type=int, default=100, help="episodes of an evaluation")
-    options.add_argument("--steps", type=int, default=10**9, help="environment steps after which it ends")
-    options.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     first_seed = arguments.seed * NUM_ENVS * EPISODE_SEEDS
@@ -151,7 +83,9 @@ def main() -> None:
         seed=arguments.seed,
     )
     evaluated = [SceneEnv(arguments.task, arguments.control_mode, 0) for _ in range(NUM_ENVS)]
-    journal = Journal(arguments.journal, evaluated, arguments.eval_steps, arguments.episodes)
+    act = partial(deterministic_actions, model)
+    evaluate = partial(success_once, act, evaluated, arguments.episodes, EPISODE_STEPS)
+    journal = Journal(arguments.journal, evaluate, arguments.eval_steps)
     model.learn(arguments.steps, callback=journal, log_interval=10**9)
 
 

@@ -1,14 +1,17 @@
-"""Wall-clock time until a recipe succeeds in 95 of 100 evaluation episodes, against Stable-Baselines3's SAC.
+"""Wall-clock time until a recipe succeeds in 95 of 100 evaluation episodes, against Stable-Baselines3.
 
     python benchmarks/time_to_success.py                                      # SAC-Flow, seeds 0 1 2
     python benchmarks/time_to_success.py --recipe maniskill_sac_mlp --peer sb3
+    python benchmarks/time_to_success.py --recipe frankasim_ppo_mlp --peer sb3
     python benchmarks/time_to_success.py --seeds 0 --minutes 60 algorithm.gamma=0.9
     python benchmarks/time_to_success.py --report --out FILE                  # the table of earlier runs
 
-Each run is a process of its own: `examples/embodiment/train.py` with the shipped recipe, or `sb3_pickcube.py`, one
-after the other and seed by seed (A B A B). It is stopped when `eval/success_once`, the deterministic policy in the
-same 100 episodes every time, reaches 0.95, or after --minutes. Words with `=` are Hydra overrides for the recipe.
-Every evaluation and every finished run is appended to --out at once.
+Each run is a process of its own: `examples/embodiment/train.py` with the shipped recipe, or its peer, one after the
+other and seed by seed (A B A B). The peer is Stable-Baselines3's SAC where the recipe is SAC on ManiSkill
+(`sb3_pickcube.py`), and its PPO where the recipe is PPO on Franka-Sim's state (`sb3_frankasim.py`). A run is stopped
+when `eval/success_once`, the deterministic policy in the same 100 episodes every time, reaches 0.95, or after
+--minutes. Words with `=` are Hydra overrides for the recipe. Every evaluation and every finished run is appended to
+--out at once.
 
 wall    minutes since the process was started, imports and evaluations included
 train   wall without the evaluations
@@ -37,13 +40,15 @@ from typing import Any
 from measure import ROOT, commit, descendants, machine, process_seconds, spread
 
 from rlinf.core.errors import ConfigError
+from rlinf.envs.frankasim.config import OBS_MODES, FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
 from rlinf.launch.build import control_mode_of
-from rlinf.launch.config import Root
+from rlinf.launch.config import PpoConfig, Root, SacConfig
 from rlinf.launch.parse import load_config
 
 CONFIG_DIR = ROOT / "examples" / "embodiment" / "config"
 EVAL_ENVS = 20
+EVAL_STEPS = {SacConfig: 10_000, PpoConfig: 64_000}
 POLL_S = 1.0
 SILENCE_S = 60.0
 STOP_TIMEOUT_S = 60.0
@@ -55,10 +60,11 @@ QUICK_OVERRIDES = (
     "env.train.num_workers=0",
     "env.eval.num_workers=0",
     "algorithm.update_epoch=2",
-    "algorithm.replay_buffer.min_buffer_size=16",
     "actor.global_batch_size=16",
     "actor.micro_batch_size=16",
 )
+QUICK_SAC_OVERRIDES = ("algorithm.replay_buffer.min_buffer_size=16",)
+QUICK_PEER_ENVS = 4
 
 
 @dataclass(frozen=True)
@@ -150,11 +156,21 @@ class Journal:
 # ---- what is run
 
 
+def quick_overrides(config: Root) -> tuple[str, ...]:
+    """That make a recipe tiny."""
+    return QUICK_OVERRIDES + (QUICK_SAC_OVERRIDES if isinstance(config.algorithm, SacConfig) else ())
+
+
+def eval_steps_of(options: argparse.Namespace, config: Root) -> int:
+    """Environment steps between evaluations, of recipe and peer alike."""
+    return options.eval_steps or EVAL_STEPS[type(config.algorithm)]
+
+
 def recipe_trial(options: argparse.Namespace, config: Root, seed: int) -> Trial:
     """The shipped recipe through its launcher."""
     place = options.runs / f"{options.recipe}-seed{seed}"
     steps = config.env.train.total_num_envs * config.env.train.max_steps_per_rollout_epoch
-    interval = max(1, round(options.eval_steps / (steps * config.env.train.rollout_epoch)))
+    interval = max(1, round(eval_steps_of(options, config) / (steps * config.env.train.rollout_epoch)))
     eval_envs = math.gcd(EVAL_ENVS, options.episodes)
     overrides = [
         f"runner.seed={seed}",
@@ -164,7 +180,7 @@ def recipe_trial(options: argparse.Namespace, config: Root, seed: int) -> Trial:
         f"env.eval.rollout_epoch={options.episodes // eval_envs}",
         "env.eval.video_cfg.save_video=False",
         *([f"actor.num_threads={options.threads}"] if options.threads else []),
-        *(QUICK_OVERRIDES if options.quick else ()),
+        *(quick_overrides(config) if options.quick else ()),
         *options.overrides,
     ]
     script = str(ROOT / "examples" / "embodiment" / "train.py")
@@ -176,18 +192,33 @@ def recipe_trial(options: argparse.Namespace, config: Root, seed: int) -> Trial:
 
 def peer_trial(options: argparse.Namespace, config: Root, seed: int) -> Trial:
     """Stable-Baselines3 on the same task and controller."""
-    place = options.runs / f"{PEER}-seed{seed}"
-    env = config.env.train
-    if not isinstance(env, ManiSkillConfig):
-        raise ConfigError(f"--peer {options.peer} plays ManiSkill tasks only, not those of {options.recipe}")
-    command = [sys.executable, str(ROOT / "benchmarks" / "sb3_pickcube.py")]
-    command += ["--journal", f"{place}.jsonl", "--seed", str(seed), "--task", env.init_params.id]
-    command += ["--control-mode", str(control_mode_of(env, config.actor.model.policy_setup))]
-    command += ["--eval-steps", str(options.eval_steps), "--episodes", str(options.episodes)]
+    place, eval_steps = options.runs / f"{PEER}-seed{seed}", eval_steps_of(options, config)
+    script, *words = peer_command(options, config)
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *words]
+    command += ["--journal", f"{place}.jsonl", "--seed", str(seed)]
+    command += ["--eval-steps", str(eval_steps), "--episodes", str(options.episodes)]
     command += ["--threads", str(options.peer_threads)]
     if options.quick:
-        command += ["--steps", str(4 * options.eval_steps)]
+        command += ["--steps", str(4 * eval_steps)]
     return Trial(PEER, seed, command, Path(f"{place}.jsonl"), place.with_suffix(".log"))
+
+
+def peer_command(options: argparse.Namespace, config: Root) -> list[str]:
+    """The peer's script, and the words that tell it the recipe's task.
+
+    Raises:
+        ConfigError: no peer plays the recipe's environment by its algorithm.
+    """
+    env, algorithm = config.env.train, config.algorithm
+    if isinstance(env, ManiSkillConfig) and isinstance(algorithm, SacConfig):
+        control_mode = str(control_mode_of(env, config.actor.model.policy_setup))
+        return ["sb3_pickcube.py", "--task", env.init_params.id, "--control-mode", control_mode]
+    if isinstance(env, FrankaSimConfig) and isinstance(algorithm, PpoConfig) and OBS_MODES[env.gym_id] == "state":
+        return ["sb3_frankasim.py", *(["--envs", str(QUICK_PEER_ENVS)] if options.quick else [])]
+    raise ConfigError(
+        f"--peer {options.peer} plays ManiSkill by SAC and Franka-Sim's state by PPO; {options.recipe} is neither: "
+        f"env_type {env.env_type}, loss_type {algorithm.loss_type}"
+    )
 
 
 # ---- running and watching
@@ -361,10 +392,12 @@ def read_command(words: Sequence[str]) -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--recipe", default="maniskill_sac_flow_state", help="of examples/embodiment/config")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
-    options.add_argument("--peer", choices=("sb3",), help="also time Stable-Baselines3's SAC with every seed")
+    options.add_argument("--peer", choices=("sb3",), help="also time Stable-Baselines3 with every seed")
     options.add_argument("--until", type=float, default=0.95, help="success_once that ends a run (default: 0.95)")
     options.add_argument("--minutes", type=float, default=30.0, help="longest time of a run (default: 30)")
-    options.add_argument("--eval-steps", type=int, default=10_000, help="env steps between evaluations (10,000)")
+    options.add_argument(
+        "--eval-steps", type=int, help="env steps between evaluations (default: 10,000; of PPO 64,000)"
+    )
     options.add_argument("--episodes", type=int, default=100, help="episodes of an evaluation (default: 100)")
     options.add_argument("--threads", type=int, help="of our learner (default: as the recipe decides)")
     options.add_argument("--peer-threads", type=int, default=os.cpu_count(), help="of the peer (default: all cores)")
@@ -394,8 +427,9 @@ def main() -> int:
         return 2
     makers = [recipe_trial, peer_trial] if options.peer else [recipe_trial]
     try:
-        overrides = [*(QUICK_OVERRIDES if options.quick else ()), *options.overrides]
-        config = load_config(options.recipe, overrides, CONFIG_DIR)
+        config = load_config(options.recipe, options.overrides, CONFIG_DIR)
+        if options.quick:
+            config = load_config(options.recipe, [*quick_overrides(config), *options.overrides], CONFIG_DIR)
         trials = [make(options, config, seed) for seed in options.seeds for make in makers]
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)

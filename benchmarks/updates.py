@@ -41,7 +41,8 @@ from rlinf.algorithms.optimize import OptimizerSettings
 from rlinf.algorithms.ppo import PPO
 from rlinf.algorithms.sac import SAC
 from rlinf.core.types import EnvSpaces, Trajectory, Transition
-from rlinf.launch.build import build_algorithm, build_networks, keep_freed_memory
+from rlinf.launch.build import build_algorithm, build_networks
+from rlinf.launch.machine import keep_freed_memory
 from rlinf.launch.parse import load_config
 from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic
 

@@ -288,7 +288,7 @@ class RecordingReporter:
         self.videos: dict[str, np.ndarray] = {}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.logged[step] = dict(metrics)
+        self.logged[step] = self.logged.get(step, {}) | metrics
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -333,13 +333,14 @@ def build_crew(
             "learner", [lambda: LearnerWorker(algorithm, experience, weights, stop)], channels=channels, stop=stop
         ),
         stop=stop,
+        weights=weights,
     )
 
 
 def build_evaluator(envs: list[list[Any]], actor: Any, weights: Weights, **settings: Any) -> Evaluator:
     """An evaluator over `envs`, as `build_crew`."""
     crew = build_crew(envs, [actor], CountingAlgorithm(), weights=weights)
-    return Evaluator(crew.env, crew.rollout, **settings)
+    return Evaluator(crew.env, crew.rollout, weights, **settings)
 
 
 def failing_at(call: int, error: BaseException) -> Callable[[], None]:

@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 simulator="${name%%_*}"
 stamp=.venv/rlinf-install.stamp # the installer writes it last; its lines name what is there
-if [ ! -f "$stamp" ] || { [ "$simulator" = maniskill ] && ! grep -qx maniskill "$stamp"; }; then
+case "$simulator" in maniskill | frankasim) needed="$simulator" ;; *) needed="" ;; esac
+if [ ! -f "$stamp" ] || { [ -n "$needed" ] && ! grep -qx "$needed" "$stamp"; }; then
     bash requirements/install.sh embodied --env "$simulator"
 fi
 source .venv/bin/activate

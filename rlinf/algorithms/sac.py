@@ -6,8 +6,13 @@ device, a configuration or `self`; the class `SAC` below does. SAC Flow [3] is t
 Differs from [1]: the actor loss may average the critics instead of taking their minimum [2]; actor and temperature
 may be updated every n-th critic update; the temperature's loss is on α itself, whatever its parameterisation.
 
-    [1] Haarnoja et al. 2018, arXiv:1812.05905      [3] SAC Flow, arXiv:2509.25756
-    [2] RLPD, Ball et al. 2023, arXiv:2302.02948
+Images go through an encoder first, which the critics' loss alone trains; actor and critics then see its output as
+their state. Augmentation is that of DrQ [4]; that the target reads the present encoder and that the actor learns on
+the features that the critics have just used, detached, is DrQ-v2's way [5]: each frame is encoded once per update.
+
+    [1] Haarnoja et al. 2018, arXiv:1812.05905      [4] DrQ, Kostrikov et al. 2020, arXiv:2004.13649
+    [2] RLPD, Ball et al. 2023, arXiv:2302.02948    [5] DrQ-v2, Yarats et al. 2021, arXiv:2107.09645
+    [3] SAC Flow, arXiv:2509.25756
 
     B batch, E critics in the ensemble
 """
@@ -15,17 +20,18 @@ may be updated every n-th critic update; the temperature's loss is on α itself,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_parts, track
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core import tree
-from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork
+from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork, Network
 from rlinf.core.types import Metrics, Obs, Trajectory, Transition
 from rlinf.functional.returns import Bootstrap, fold_chunk
 
@@ -139,6 +145,30 @@ class Sampler(Protocol):
         ...
 
 
+class Encoder(Protocol):
+    """A network in front of actor and critics."""
+
+    def __call__(self, obs: Obs, generator: torch.Generator | None = None) -> Obs:
+        """{"state": features [B, F]} of raw observations; a generator draws what only losses have, such as dropout."""
+        ...
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the critics' optimizer trains; the rest is frozen."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers by name, the frozen ones included."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Inverse of `state_dict`; strict."""
+        ...
+
+
+Augment = Callable[[Obs, torch.Generator], Obs]
+"""Raw observations, changed at random in a way that leaves their values as they are."""
+
+
 class RunningStatistics(Protocol):
     """Statistics of the observations that the networks normalise by."""
 
@@ -157,6 +187,9 @@ class SAC:
         sampler: where batches are drawn; None for `replay` itself.
         demo_buffer: prior data behind `sampler`, kept here to be saved and counted.
         normalizer: running observation statistics to be updated with every observed segment.
+        encoder: what raw observations go through before actor and critics see them; None for nothing.
+        acting: the network that acts on raw observations, of which `actor` (and `encoder`) are parts; None for `actor`.
+        augment: changes the observations of a batch, `obs` and `next_obs` independently; None for no change.
         gamma: discount per environment step.
         batch_size, micro_batch_size: transitions per update, and per forward pass.
         min_buffer_size: transitions in `replay` before the first update.
@@ -165,6 +198,8 @@ class SAC:
         target_update_freq: critic updates per target update.
         critic_subsample_size: critics in each target; 0 for all.
         autocast: run the networks in bfloat16 (weights, targets and optimizer states stay float32).
+        autocast_encoder: run the encoder in bfloat16. Apart, because on a CPU autocast makes convolutions faster and
+            small linear layers slower.
         compile: compile the losses with torch.compile (a one-off cost of a minute or so).
         device: where networks and batches live.
         generator: randomness of the losses, on `device`.
@@ -181,6 +216,9 @@ class SAC:
         sampler: Sampler | None = None,
         demo_buffer: Buffer | None = None,
         normalizer: RunningStatistics | None = None,
+        encoder: Encoder | None = None,
+        acting: Network | None = None,
+        augment: Augment | None = None,
         gamma: float = 0.99,
         tau: float = 0.005,
         target_entropy: float,
@@ -200,6 +238,7 @@ class SAC:
         backup_entropy: bool = True,
         bootstrap: Bootstrap = "standard",
         autocast: bool = False,
+        autocast_encoder: bool = False,
         compile: bool = False,
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
@@ -208,6 +247,8 @@ class SAC:
         self.temperature, self.replay = temperature, replay
         self.sampler: Sampler = sampler if sampler is not None else replay  # type: ignore[assignment]
         self.demo_buffer, self.normalizer = demo_buffer, normalizer
+        self.encoder, self.augment = encoder, augment
+        self.acting: Network = acting if acting is not None else actor
         self.gamma, self.tau, self.target_entropy = gamma, tau, target_entropy
         self.batch_size, self.min_buffer_size = batch_size, min_buffer_size
         self.micro_batch_size = micro_batch_size or batch_size
@@ -216,12 +257,15 @@ class SAC:
         self.agg_q, self.actor_agg_q, self.backup_entropy = agg_q, actor_agg_q, backup_entropy
         self.critic_subsample_size = critic_subsample_size
         self.subsample_with_replacement = subsample_with_replacement
-        self.bootstrap, self.autocast, self.device = bootstrap, autocast, torch.device(device)
+        self.bootstrap, self.device = bootstrap, torch.device(device)
+        self.autocast, self.autocast_encoder = autocast, autocast or autocast_encoder
         self.generator = generator if generator is not None else torch.Generator(self.device).manual_seed(0)
         self.critic_loss = torch.compile(critic_loss, dynamic=False) if compile else critic_loss
         self.actor_loss = torch.compile(actor_loss, dynamic=False) if compile else actor_loss
         self.actor_stepper = Stepper(actor.parameters(), actor_optim)
-        self.critic_stepper = Stepper(critic.parameters(), critic_optim)
+        # The critics' own first: they stay one flat tensor, which `track` reads.
+        trained = [*critic.parameters(), *(encoder.trained_parameters() if encoder is not None else [])]
+        self.critic_stepper = Stepper(trained, critic_optim)
         self.alpha_stepper = Stepper(temperature.parameters(), alpha_optim) if temperature.theta.requires_grad else None
         self.updates = 0
 
@@ -238,8 +282,8 @@ class SAC:
 
     def update(self) -> Metrics:
         """One critic step; every `critic_actor_ratio`-th time an actor and a temperature step; track the target."""
-        batches = self._micro_batches(self.sampler.sample(self.batch_size))
-        metrics = self._update_critic(batches)
+        batches = [self._augmented(batch) for batch in self._micro_batches(self.sampler.sample(self.batch_size))]
+        metrics, batches = self._update_critic(batches)
         if self.updates % self.critic_actor_ratio == 0 and self.updates >= self.actor_delay:
             metrics |= self._update_actor(batches)
         self.updates += 1
@@ -247,11 +291,15 @@ class SAC:
             track(self.target_critic, self.critic, self.tau)
         return metrics
 
-    def _update_critic(self, batches: Sequence[Transition]) -> Metrics:
+    def _update_critic(self, batches: Sequence[Transition]) -> tuple[Metrics, list[Transition]]:
+        """One step. Returns its statistics and the batches as the critics saw them: encoded, without gradients."""
         alpha, subset = self.temperature().detach(), self._draw_critics()
+        seen: list[Transition] = []
 
         def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
-            with self._precision():
+            with self._precision(self.autocast):
+                batch = self._encoded(batch)
+                seen.append(replace(batch, obs=tree.tree_map(_detached, batch.obs)))
                 return self.critic_loss(
                     self.critic,
                     self.actor,
@@ -265,13 +313,13 @@ class SAC:
                 )
 
         stats = self.critic_stepper.descend(loss_of, batches)
-        return {"sac/critic_loss": stats.pop("critic_loss")} | {f"critic/{k}": v for k, v in stats.items()}
+        return {"sac/critic_loss": stats.pop("critic_loss")} | {f"critic/{k}": v for k, v in stats.items()}, seen
 
     def _update_actor(self, batches: Sequence[Transition]) -> Metrics:
         alpha = self.temperature().detach()
 
         def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
-            with self._precision():
+            with self._precision(self.autocast):
                 noise = self._draw_noise(batch)
                 return self.actor_loss(self.actor, self.critic, alpha, batch, noise, agg_q=self.actor_agg_q)
 
@@ -313,6 +361,22 @@ class SAC:
             for rows in [slice(start, start + self.micro_batch_size)]
         ]
 
+    def _augmented(self, batch: Transition) -> Transition:
+        if self.augment is None:
+            return batch
+        obs, next_obs = (self.augment(obs, self.generator) for obs in (batch.obs, batch.next_obs))
+        return replace(batch, obs=obs, next_obs=next_obs)
+
+    def _encoded(self, batch: Transition) -> Transition:
+        """The batch with features in place of raw observations; only those of `obs` carry gradients."""
+        if self.encoder is None:
+            return batch
+        with self._precision(self.autocast_encoder):
+            obs = self.encoder(batch.obs, self.generator)
+            with torch.no_grad():
+                next_obs = self.encoder(batch.next_obs, self.generator)
+        return replace(batch, obs=obs, next_obs=next_obs)
+
     def _draw_noise(self, batch: Transition) -> Tensor:
         shape = (len(batch.reward), *self.actor.noise_shape)
         return torch.randn(shape, generator=self.generator, device=self.device)
@@ -327,14 +391,14 @@ class SAC:
             return torch.randint(num_heads, (size,), generator=self.generator, device=self.device)
         return torch.randperm(num_heads, generator=self.generator, device=self.device)[:size]
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if not self.autocast:
+    def _precision(self, autocast: bool) -> contextlib.AbstractContextManager[Any]:
+        if not autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def acting_weights(self) -> tuple[int, dict[str, Tensor]]:
-        """(number of updates, copy of the actor's weights and statistics): never the critics."""
-        return self.updates, {name: value.detach().clone() for name, value in self.actor.state_dict().items()}
+        """(number of updates, copy of the weights and statistics of what acts): never the critics."""
+        return self.updates, {name: value.detach().clone() for name, value in self.acting.state_dict().items()}
 
     def buffers(self) -> dict[str, Buffer]:
         """`replay_buffer`, and `demo_buffer` where there is prior data."""
@@ -350,6 +414,8 @@ class SAC:
             "actor_optim": self.actor_stepper,
             "critic_optim": self.critic_stepper,
         }
+        if self.encoder is not None:
+            parts["encoder"] = self.encoder
         return parts if self.alpha_stepper is None else parts | {"alpha_optim": self.alpha_stepper}
 
     def state_dict(self) -> dict[str, Any]:
@@ -362,3 +428,7 @@ class SAC:
         load_parts(self._parts(), state)
         self.updates = state["updates"]
         self.generator.set_state(state["generator"].cpu())
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

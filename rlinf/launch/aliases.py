@@ -48,9 +48,12 @@ def put(tree: Tree, path: str, value: Any) -> None:
 
 
 def drop(tree: Tree, path: str) -> None:
-    """Remove a dotted path that exists."""
+    """Remove a dotted path that exists, and the sections that are empty then."""
     parent, _, leaf = path.rpartition(".")
-    del (get(tree, parent) if parent else tree)[leaf]
+    section = get(tree, parent) if parent else tree
+    del section[leaf]
+    if parent and not section:
+        drop(tree, parent)
 
 
 def _trajectories_to_transitions(count: Any, tree: Tree) -> Any:
@@ -74,6 +77,11 @@ def _model_type(value: Any, tree: Tree) -> Any:
     return "mlp_actor_critic" if on_policy and value == "mlp_policy" else value
 
 
+def _random_shift(value: Any, tree: Tree) -> Any:
+    """DrQ's shift is 4 pixels wherever it is only switched on."""
+    return {True: 4, False: 0}.get(value, value) if isinstance(value, bool) else value
+
+
 ALIASES: tuple[Alias, ...] = (
     Alias("algorithm.adv_type", "algorithm.loss_type", when=lambda value: value != "gae"),
     Alias("actor.model.model_type", "actor.model.model_type", _model_type),
@@ -87,6 +95,10 @@ ALIASES: tuple[Alias, ...] = (
         Alias(f"{section}.adam_eps", f"{section}.eps")
         for section in ("actor.optim", "actor.critic_optim", "algorithm.entropy_tuning.optim")
     ),
+    Alias("actor.enable_drq", "algorithm.random_shift", _random_shift),
+    Alias("algorithm.enable_drq", "algorithm.random_shift", _random_shift),
+    Alias("rollout.model.model_path", "actor.model.model_path"),
+    Alias("actor.model.state_dim", "actor.model.obs_dim"),
     Alias("algorithm.replay_buffer.auto_save_path", "algorithm.replay_buffer.storage_dir"),
 )
 
@@ -96,7 +108,6 @@ _ONLY_IN_PPO = "only PPO (loss_type: actor_critic) has this; remove the key"
 _FROM_ALGORITHM = "the heads follow from algorithm.loss_type; remove the key"
 
 RETIRED: Mapping[str, str] = {
-    "runner.weight_sync_interval": "weights are published at every global step; remove the key",
     "runner.seq_length": "belongs to language models; remove the key",
     "runner.max_prompt_length": "belongs to language models; remove the key",
     "runner.per_worker_log": "there is one log per run; remove the key",
@@ -110,8 +121,6 @@ RETIRED: Mapping[str, str] = {
     "algorithm.logprob_type": _ONLY_IN_PPO,
     "algorithm.entropy_type": _ONLY_IN_PPO,
     "algorithm.loss_agg_func": _ONLY_IN_PPO,
-    "algorithm.enable_drq": "image augmentation belongs to image policies; remove the key",
-    "actor.enable_drq": "image augmentation belongs to image policies; remove the key",
     "algorithm.replay_buffer.enable_cache": "the buffer is always in memory, or under storage_dir; remove the key",
     "algorithm.replay_buffer.auto_save": "checkpoints hold the buffer; write storage_dir to have it on disk",
     "env.*.enable_offload": _ONE_PROCESS,

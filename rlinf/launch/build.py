@@ -6,33 +6,34 @@ The only place that knows both configurations and classes: everything below gets
 from __future__ import annotations
 
 import copy
-import ctypes
-import os
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rlinf.algorithms.augment import RandomShift
 from rlinf.algorithms.optimize import OptimizerSettings
 from rlinf.algorithms.ppo import PPO
 from rlinf.algorithms.sac import SAC
 from rlinf.algorithms.temperature import Temperature
-from rlinf.core.errors import CheckpointError, ConfigError, DataError, MissingDependency
-from rlinf.core.protocols import VectorEnv
+from rlinf.core.errors import CheckpointError, ConfigError, DataError
+from rlinf.core.protocols import Mode, VectorEnv
 from rlinf.core.seeding import derive_seed, numpy_generator, torch_generator
 from rlinf.core.types import EnvSpaces
 from rlinf.data.demos import check_demos, read_demos
 from rlinf.data.mix import MixedReplay
 from rlinf.data.replay import ReplayBuffer
 from rlinf.envs.config import EnvConfig
-from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.functional.returns import fold_chunk
-from rlinf.launch.config import DemoBufferConfig, OptimConfig, PpoConfig, Root, SacConfig, updates_per_step
+from rlinf.launch.algorithm_config import DemoBufferConfig, OptimConfig, PpoConfig, SacConfig
+from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.film import CaptionedEnv
+from rlinf.launch.machine import cores_for_training_envs, num_learner_threads, num_simulator_processes
 from rlinf.launch.registry import ENVS, lookup
+from rlinf.models.embodiment.cnn_policy import CnnPolicy, CnnPolicyConfig, build_cnn_policy
 from rlinf.models.embodiment.flow_policy import FlowPolicy, FlowPolicyConfig, build_flow_policy
+from rlinf.models.embodiment.image_encoder import ImageEncoder
 from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic, MlpActorCriticConfig, build_mlp_actor_critic
 from rlinf.models.embodiment.mlp_policy import MlpPolicy, build_mlp_policy
 from rlinf.models.embodiment.state_critic import StateCritic
@@ -44,90 +45,7 @@ from rlinf.workers.env_worker import EnvWorker
 from rlinf.workers.learner_worker import LearnerWorker
 from rlinf.workers.rollout_worker import RolloutWorker
 
-Policy = FlowPolicy | MlpPolicy | MlpActorCritic
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
-
-# ---- the machine
-
-
-def device_of(config: Root) -> torch.device:
-    """Where networks live. Raises MissingDependency when the GPU profile finds no CUDA device."""
-    if config.profile == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise MissingDependency(
-            "profile=gpu, but torch sees no CUDA device; write profile=cpu, or look at `python -m rlinf doctor`"
-        )
-    return torch.device("cuda")
-
-
-def set_matmul_precision(config: Root, device: torch.device) -> None:
-    """Let float32 matrix products on a CPU multiply in bfloat16 and add in float32, if the configuration says so.
-
-    Only the inner products change: tensors stay float32, so nothing is cast back and forth as under autocast, and
-    small networks gain where autocast loses. A setting of the process.
-    """
-    bf16_on_cpu = config.actor.precision == "bf16" and device.type == "cpu"
-    torch.set_float32_matmul_precision("medium" if bf16_on_cpu else "highest")
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors instead of handing it back (glibc; elsewhere nothing).
-
-    An update frees and takes megabytes many times over, and memory that comes back from the kernel is cleared page
-    by page: a tenth to a fifth of an update of the flow recipe on a CPU. A setting of the process.
-    """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    for option, size in ((M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20), (M_MMAP_THRESHOLD, 32 << 20)):
-        libc.mallopt(option, size)
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def num_simulator_processes(env: EnvConfig, num_envs: int, cores: int | None = None) -> int:
-    """`num_workers` with auto resolved: the most that share `num_envs` evenly, at most one per core (None: all)."""
-    if env.num_workers != "auto":
-        return env.num_workers
-    most = min(cores or num_cores(), num_envs)
-    return max(count for count in range(1, most + 1) if num_envs % count == 0)
-
-
-def cores_for_training_envs(config: Root) -> int:
-    """CPU cores that step simulators in training: all, or all but one when a learner on the CPU works meanwhile.
-
-    With a simulator on its core too, an update took a quarter longer (docs/LOG.md).
-    """
-    busy = config.runner.overlap and config.profile == "cpu"
-    return max(1, num_cores() - 1) if busy else num_cores()
-
-
-def simulates_on_cpu(env: EnvConfig) -> bool:
-    """Whether stepping keeps CPU cores busy."""
-    if not isinstance(env, ManiSkillConfig):
-        return isinstance(env, FrankaSimConfig)
-    backend = env.init_params.sim_backend
-    return backend == "cpu" or (backend == "auto" and not torch.cuda.is_available())
-
-
-def num_learner_threads(config: Root) -> int:
-    """`actor.num_threads` with auto resolved.
-
-    Half of the cores at most: the products of a recipe's networks are small, and a thread that waits for its share
-    of them costs more than it brings (on two cores an update took 14 ms with one thread and 17 to 29 with two).
-    """
-    if config.actor.num_threads != "auto":
-        return config.actor.num_threads
-    train, free = config.env.train, num_cores()
-    if config.runner.overlap and simulates_on_cpu(train):
-        num_envs = train.total_num_envs // config.rollout.pipeline_stage_num
-        free -= num_simulator_processes(train, num_envs, cores_for_training_envs(config))
-    return max(1, min(free, num_cores() // 2))
-
+Policy = FlowPolicy | MlpPolicy | CnnPolicy | MlpActorCritic
 
 # ---- environments
 
@@ -178,6 +96,11 @@ class Networks:
     critic: StateCritic | None
     normalizer: RunningNorm | None
 
+    @property
+    def encoder(self) -> ImageEncoder | None:
+        """What images go through before the policy's head and the critics see them; a part of `actor`."""
+        return self.actor.encoder if isinstance(self.actor, CnnPolicy) else None
+
 
 def build_networks(config: Root, spaces: EnvSpaces) -> Networks:
     """Fresh networks on the CPU; their weights are a function of runner.seed and actor.seed."""
@@ -190,18 +113,22 @@ def build_networks(config: Root, spaces: EnvSpaces) -> Networks:
         if isinstance(model, MlpActorCriticConfig):
             actor = build_mlp_actor_critic(model, obs_dim=obs_dim, action_dim=action_dim, normalizer=normalizer)
             return Networks(actor, None, normalizer)
-        if isinstance(model, FlowPolicyConfig):
+        if isinstance(model, CnnPolicyConfig):
+            shapes = spaces.obs_shapes
+            actor = build_cnn_policy(model, obs_shapes=shapes, action_dim=action_dim, normalizer=normalizer)
+        elif isinstance(model, FlowPolicyConfig):
             actor = build_flow_policy(model, obs_dim=obs_dim, action_dim=action_dim, normalizer=normalizer)
         else:
             actor = build_mlp_policy(model, obs_dim=obs_dim, action_dim=action_dim, normalizer=normalizer)
+        encoder = actor.encoder if isinstance(actor, CnnPolicy) else None
         critic = StateCritic(
-            obs_dim,
+            obs_dim if encoder is None else encoder.out_dim,
             action_dim * model.num_action_chunks,
             hidden_dims=model.q_hidden_dims,
             num_heads=model.num_q_heads,
             activation=model.q_activation,
             layer_norm=model.q_layer_norm,
-            normalizer=normalizer,
+            normalizer=normalizer if encoder is None else None,
         )
     return Networks(actor, critic, normalizer)
 
@@ -293,7 +220,7 @@ def build_sac(
     if target_entropy == "auto":
         target_entropy = policy.default_target_entropy()
     return SAC(
-        policy,
+        policy.head if isinstance(policy, CnnPolicy) else policy,
         critic,
         critic.make_target(),
         Temperature(entropy.alpha_type, entropy.initial_alpha).to(device),
@@ -301,6 +228,9 @@ def build_sac(
         sampler=sampler,
         demo_buffer=demos,
         normalizer=networks.normalizer,
+        encoder=networks.encoder,
+        acting=policy,
+        augment=RandomShift(algorithm.random_shift) if algorithm.random_shift else None,
         gamma=algorithm.gamma,
         tau=algorithm.tau,
         target_entropy=target_entropy,
@@ -320,6 +250,7 @@ def build_sac(
         backup_entropy=algorithm.backup_entropy,
         bootstrap=algorithm.bootstrap_type,
         autocast=actor.precision == "bf16" and device.type != "cpu",
+        autocast_encoder=actor.precision == "bf16",
         compile=actor.compile_model,
         device=device,
         generator=torch_generator(learner_seed(config, "losses"), "noise", device),
@@ -378,8 +309,8 @@ def optimizer_settings(optim: OptimConfig, updates: int) -> OptimizerSettings:
 # ---- groups
 
 
-def build_crew(config: Root, device: torch.device) -> tuple[Crew, Networks, Weights]:
-    """Everyone who takes part in training, the learner's networks, and where it publishes their weights."""
+def build_crew(config: Root, device: torch.device) -> tuple[Crew, Networks]:
+    """Everyone who takes part in training, and the learner's networks."""
     stop, weights = Flag(), Weights()
     obs, actions, experience = Channel("obs"), Channel("actions"), Channel("experience")
     channels = (obs, actions, experience)
@@ -430,16 +361,23 @@ def build_crew(config: Root, device: torch.device) -> tuple[Crew, Networks, Weig
     except BaseException:
         close_envs(env)
         raise
-    return Crew(env, rollout, learner, stop), networks, weights
+    return Crew(env, rollout, learner, stop, weights), networks
 
 
 def build_evaluator(
-    config: Root, weights: Weights, device: torch.device, actor: Policy | None = None, stop: Flag | None = None
+    config: Root,
+    weights: Weights,
+    device: torch.device,
+    actor: Policy | None = None,
+    stop: Flag | None = None,
+    *,
+    mode: Mode = "eval",
 ) -> Evaluator:
     """The environments of `env.eval` with a policy that acts with what is published on `weights`.
 
-    `actor` is copied; without one, networks are built for the environment. Raises CheckpointError when what is
-    already published does not fit them.
+    `actor` is copied; without one, networks are built for the environment. In `mode` train it explores.
+
+    Raises CheckpointError when what is already published does not fit them.
     """
     if config.env.eval is None:
         raise ConfigError("there is no env.eval to evaluate in; add it to the configuration")
@@ -484,12 +422,14 @@ def build_evaluator(
     return Evaluator(
         env,
         rollout,
+        weights,
         episodes_per_env=section.rollout_epoch,
         chunks=section.max_steps_per_rollout_epoch // chunk,
         seed=section.seed,
         same_episodes=section.use_fixed_reset_state_ids,
         num_recorded=min(section.video_cfg.max_envs, section.total_num_envs) if filming else 0,
         fps=section.video_cfg.fps,
+        mode=mode,
     )
 
 

@@ -15,30 +15,37 @@ import numpy as np
 import torch
 
 from rlinf.core.errors import CheckpointError, ConfigError
+from rlinf.core.protocols import Mode
+from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.build import (
     Networks,
     build_crew,
     build_evaluator,
+    load_weights_into,
+)
+from rlinf.launch.config import Root, updates_per_step
+from rlinf.launch.machine import (
     cores_for_training_envs,
     device_of,
     keep_freed_memory,
-    load_weights_into,
     num_cores,
     num_learner_threads,
     num_simulator_processes,
     set_matmul_precision,
     simulates_on_cpu,
 )
-from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.parse import load_config
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
 from rlinf.metrics.report import Reporter
 from rlinf.metrics.video import write_video
+from rlinf.runners.asynchronous import run_async
 from rlinf.runners.checkpoint import CheckpointStore, find, load_policy, load_run, verify
 from rlinf.runners.crew import Crew
+from rlinf.runners.crew import Reporter as AnyReporter
 from rlinf.runners.evaluate import Evaluator, run_eval
-from rlinf.runners.synchronous import Schedule, run_sync
+from rlinf.runners.schedule import Schedule
+from rlinf.runners.synchronous import run_sync
 from rlinf.runtime.local import Weights
 from rlinf.workers.learner_worker import POLICY_FILE
 
@@ -90,34 +97,49 @@ def train(config: Root) -> int:
 def _train(
     config: Root, device: torch.device, store: CheckpointStore, reporter: Reporter, checkpoint: Path | None
 ) -> int:
-    crew, networks, weights = build_crew(config, device)
+    crew, networks = build_crew(config, device)
     with _closing_on_failure(crew, reporter):
         if config.runner.ckpt_path is not None:
             load_weights_into(networks.actor, load_policy(config.runner.ckpt_path)[1], config.runner.ckpt_path)
         last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0
-        evaluator = _evaluator_of_run(config, device, crew, networks, weights)
+        evaluator = _evaluator_of_run(config, device, crew, networks)
         # Not before: a resumption that fails must leave the record of its run as it was.
         write_provenance(reporter.run_dir, store.config or {}, seed=config.runner.seed)
-    last_step = run_sync(crew, schedule_of(config), store, reporter, evaluator=evaluator, last_step=last_step)
+    run = run_async if config.runner.asynchronous else run_sync
+    last_step = run(crew, schedule_of(config), store, reporter, evaluator=evaluator, last_step=last_step)
     return 128 + signal.Signals[crew.stop.reason] if crew.stop.is_set() else 0
 
 
-def evaluate_run(run_dir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, float]:
+def evaluate_run(
+    run_dir: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    reporter: AnyReporter | None = None,
+    mode: Mode = "eval",
+) -> dict[str, float]:
     """Evaluate the newest checkpoint of a run, or the one in `runner.ckpt_path`; `eval/...` means.
 
     A video is written into the run directory if the configuration says so; nothing else there changes.
 
+    Args:
+        reporter: gets the video instead.
+        mode: `train` explores as in training.
+
     Raises ConfigError or CheckpointError when the directory holds no run.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir} holds no config.yaml; name a run directory, <log_path>/<experiment_name>")
-    config = load_config("config", overrides, run_dir)
+    config = load_run_config(run_dir, overrides)
     path = find(config.runner.ckpt_path or run_dir)
-    evaluator = build_evaluator(config, _weights_of(path), device_of(config))
-    return run_eval(
-        evaluator, _Aside(video_directory(config, run_dir)), step=verify(path, only=POLICY_FILE).global_step
-    )
+    evaluator = build_evaluator(config, _weights_of(path), device_of(config), mode=mode)
+    reporter = reporter or _Aside(video_directory(config, run_dir))
+    return run_eval(evaluator, reporter, step=verify(path, only=POLICY_FILE).global_step)
+
+
+def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Root:
+    """The configuration that a run kept, with changes. Raises ConfigError where it is no run or they do not fit."""
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise ConfigError(f"{run_dir} holds no {CONFIG_FILE}; name a run directory, <log_path>/<experiment_name>")
+    return load_config("config", overrides, run_dir)
 
 
 def run_directory(config: Root) -> Path:
@@ -143,7 +165,18 @@ def schedule_of(config: Root) -> Schedule:
         film_every=config.env.eval.video_cfg.every if config.env.eval is not None else 0,
         save_interval=runner.save_interval,
         overlap=runner.overlap,
+        sync_interval=runner.weight_sync_interval,
+        max_updates_per_env_step=_max_updates_per_env_step(config),
     )
+
+
+def _max_updates_per_env_step(config: Root) -> float | None:
+    """`samples_per_insert` in other units: each update samples a batch, each environment step inserts 1 / H."""
+    if not isinstance(config.algorithm, SacConfig):
+        return None
+    limit = config.algorithm.replay_buffer.samples_per_insert
+    per_insert = config.actor.global_batch_size * config.actor.model.num_action_chunks
+    return None if limit is None else limit / per_insert
 
 
 def describe(config: Root, device: torch.device) -> str:
@@ -151,13 +184,17 @@ def describe(config: Root, device: torch.device) -> str:
     train, schedule = config.env.train, schedule_of(config)
     transitions = train.total_num_envs * schedule.chunks * schedule.segments
     threads = num_learner_threads(config)
-    workers = num_simulator_processes(train, train.total_num_envs, cores_for_training_envs(config))
+    stages = config.rollout.pipeline_stage_num
+    workers = stages * num_simulator_processes(train, train.total_num_envs // stages, cores_for_training_envs(config))
     backend = "local" if config.cluster.backend == "auto" else config.cluster.backend
     stepping = f"stepped by {workers} processes" if simulates_on_cpu(train) else "in one batch"
+    if config.runner.asynchronous:
+        work = f"collects on and on while each global step makes {schedule.updates} updates"
+    else:
+        work = f"each global step collects {transitions} transitions and makes {schedule.updates} updates"
     return (
         f"profile {config.profile} on {device}, {backend} backend, {num_cores()} cores: {threads} learner threads, "
-        f"{train.total_num_envs} {train.env_type} environments {stepping}; each global step collects {transitions} "
-        f"transitions and makes {schedule.updates} updates"
+        f"{train.total_num_envs} {train.env_type} environments {stepping}; {work}"
     )
 
 
@@ -167,11 +204,10 @@ def _weights_of(path: str | Path) -> Weights:
     return weights
 
 
-def _evaluator_of_run(
-    config: Root, device: torch.device, crew: Crew, networks: Networks, weights: Weights
-) -> Evaluator | None:
+def _evaluator_of_run(config: Root, device: torch.device, crew: Crew, networks: Networks) -> Evaluator | None:
     if config.runner.val_check_interval <= 0:
         return None
+    weights = Weights() if config.runner.asynchronous else crew.weights
     return build_evaluator(config, weights, device, networks.actor, crew.stop)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlinf.runtime.local import STOP_TIMEOUT_S, Flag, Group, Handle
+from rlinf.runtime.local import STOP_TIMEOUT_S, Flag, Group, Handle, Weights
 from rlinf.workers.env_worker import EnvWorker, merge_episode_means
 from rlinf.workers.learner_worker import LearnerWorker, Progress
 from rlinf.workers.rollout_worker import RolloutWorker
@@ -45,6 +45,11 @@ class Collection:
         return self.playing, self.serving
 
     @property
+    def done(self) -> bool:
+        """Whether `wait` would return or raise at once."""
+        return self.playing.done and self.serving.done
+
+    @property
     def seconds(self) -> float:
         """How long it took."""
         return self.playing.seconds
@@ -52,12 +57,13 @@ class Collection:
 
 @dataclass(frozen=True)
 class Crew:
-    """Who takes part in training. `stop` is the flag that all of them look at."""
+    """Who takes part in training. All look at the flag `stop`; the learner publishes on `weights`."""
 
     env: Group[EnvWorker]
     rollout: Group[RolloutWorker]
     learner: Group[LearnerWorker]
     stop: Flag
+    weights: Weights
 
     def collect(self, chunks: int, segments: int) -> Collection:
         """Start playing `segments` times `chunks` action chunks in every environment."""
@@ -71,6 +77,10 @@ class Crew:
     def ingest(self) -> Progress:
         """Give the learner all experience that has arrived."""
         return self.learner.run(LearnerWorker.ingest).wait()[0]
+
+    def ready(self) -> bool:
+        """Whether the learner has enough experience to learn from."""
+        return all(self.learner.run(LearnerWorker.ready).wait())
 
     def progress(self) -> Progress:
         """How far the learner has come."""

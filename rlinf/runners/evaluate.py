@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from rlinf.core.protocols import Mode
 from rlinf.core.seeding import derive_seed
 from rlinf.metrics.video import tile
 from rlinf.runners.crew import Reporter
-from rlinf.runtime.local import STOP_TIMEOUT_S, Group
+from rlinf.runtime.local import STOP_TIMEOUT_S, Group, Handle, Weights
 from rlinf.workers.env_worker import EnvWorker, Evaluation, merge_episode_means
 from rlinf.workers.rollout_worker import RolloutWorker
+
+
+class Evaluating:
+    """An evaluation under way, begun after global step `step`."""
+
+    def __init__(
+        self, step: int, version: int, playing: Handle[Evaluation], serving: Handle[int], name: str, fps: float
+    ) -> None:
+        self.step = step
+        self._version, self._playing, self._serving, self._name, self._fps = version, playing, serving, name, fps
+
+    @property
+    def handles(self) -> tuple[Handle[Any], ...]:
+        """What to watch while doing something else."""
+        return self._playing, self._serving
+
+    @property
+    def done(self) -> bool:
+        """Whether `finish` would return or raise at once."""
+        return self._playing.done and self._serving.done
+
+    def finish(self, reporter: Reporter) -> dict[str, float]:
+        """Wait for the end. Means over the episodes and which weights they are of, with the prefix `eval/`."""
+        parts = self._playing.wait(watching=[self._serving])
+        self._serving.wait()
+        if (frames := parts[0].frames) is not None:
+            reporter.video(self._name, np.stack([tile(frame) for frame in frames]), self._fps)
+        means = merge_episode_means([part.episodes for part in parts])
+        means["weights_version"] = float(self._version)
+        return {f"eval/{name}": value for name, value in means.items()}
 
 
 @dataclass(frozen=True)
@@ -19,8 +51,9 @@ class Evaluator:
     """The environments of evaluation with a policy of their own, and how much they play.
 
     Attributes:
-        env, rollout: groups with channels of their own, but with the `stop` flag of the crew; `rollout` reads
-            what the learner publishes.
+        env, rollout: groups with channels of their own, but with the `stop` flag of the crew.
+        weights: what `rollout` acts with. A synchronous run gives those that the learner publishes on; an
+            asynchronous one others, onto which `pin` takes over what is to be evaluated.
         episodes_per_env: every environment plays exactly so many episodes.
         chunks: the most action chunks that an episode may take.
         seed: derives the initial states.
@@ -28,32 +61,42 @@ class Evaluator:
             comparable; otherwise from new ones at every global step.
         num_recorded: pictures of so many environments of the first worker become a video; 0 for none.
         fps: pictures per second of that video; one picture is taken per action chunk.
+        mode: `eval`: the deterministic policy; `train`: with its exploration.
     """
 
     env: Group[EnvWorker]
     rollout: Group[RolloutWorker]
+    weights: Weights
     episodes_per_env: int
     chunks: int
     seed: int
     same_episodes: bool = True
     num_recorded: int = 0
     fps: float = 20.0
+    mode: Mode = "eval"
 
-    def run(self, reporter: Reporter, step: int, *, film: bool = True) -> dict[str, float]:
-        """Evaluate the published weights. Returns means over the episodes, with the prefix `eval/`.
+    def pin(self, weights: Weights) -> None:
+        """Evaluate from now on what is published on `weights` at this moment."""
+        if (newest := weights.newer_than(-1)) is not None:
+            self.weights.publish(*newest)
+
+    def start(self, step: int, *, film: bool = True) -> Evaluating:
+        """Begin to evaluate the published weights, after global step `step`.
 
         Without `film` nothing is recorded, whatever `num_recorded` says.
         """
+        newest = self.weights.newer_than(-1)
+        version = newest[0] if newest is not None else -1
         seed = self.seed if self.same_episodes else derive_seed(self.seed, f"step/{step}")
-        serving = self.rollout.run(RolloutWorker.serve, "eval")
+        serving = self.rollout.run(RolloutWorker.serve, self.mode)
         recorded = [self.num_recorded if film else 0] + [0] * (len(self.env) - 1)
         jobs = [(self.episodes_per_env, self.chunks, seed, number) for number in recorded]
-        parts = self.env.run_each(_evaluate, jobs).wait(watching=[serving])
-        serving.wait()
-        if (frames := parts[0].frames) is not None:
-            reporter.video(f"eval_step_{step:06d}", np.stack([tile(frame) for frame in frames]), self.fps)
-        means = merge_episode_means([part.episodes for part in parts])
-        return {f"eval/{name}": value for name, value in means.items()}
+        playing = self.env.run_each(_evaluate, jobs)
+        return Evaluating(step, version, playing, serving, f"eval_step_{step:06d}", self.fps)
+
+    def run(self, reporter: Reporter, step: int, *, film: bool = True) -> dict[str, float]:
+        """Evaluate the published weights. Returns what `Evaluating.finish` does."""
+        return self.start(step, film=film).finish(reporter)
 
     def close(self) -> list[str]:
         """Close the environments and let the threads end. Returns what went wrong with that, in words."""

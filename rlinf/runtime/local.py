@@ -181,6 +181,11 @@ class Handle(Generic[R]):
         self._ended = time.perf_counter()
 
     @property
+    def done(self) -> bool:
+        """Whether `wait` would return or raise at once."""
+        return all(future.done() for _, future in self._calls)
+
+    @property
     def seconds(self) -> float:
         """From the call to the end of the replica that ended last so far."""
         return self._ended - self._started
@@ -232,6 +237,27 @@ class Handle(Generic[R]):
     def _overdue(self, seconds: float) -> str:
         late = ", ".join(replica.whereabouts() for replica, future in self._calls if not future.done())
         return f"{self._what}: no answer within {seconds:g} s from {late}"
+
+
+def wait_for_one(
+    handles: Sequence[Handle[Any]], *, watching: Iterable[Handle[Any]] = (), timeout_s: float = CALL_TIMEOUT_S
+) -> None:
+    """Return when a call of one of `handles` has ended everywhere, or the run is asked to stop.
+
+    The first exception, of these calls or of those in `watching`, is raised at once. Raises WorkerDied, naming who
+    did not answer and where it is, after `timeout_s`.
+    """
+    futures = {future for handle in (*handles, *watching) for _, future in handle._calls}
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if failed := [f for f in futures if f.done() and f.exception() is not None]:
+            raise _first_cause(failed)
+        if any(handle.done or (handle._stop is not None and handle._stop.is_set()) for handle in handles):
+            return
+        if (left := deadline - time.monotonic()) <= 0:
+            raise WorkerDied("; ".join(handle._overdue(timeout_s) for handle in handles))
+        pending = {future for future in futures if not future.done()}
+        wait_for_futures(pending, timeout=min(left, 0.2), return_when=FIRST_COMPLETED)
 
 
 def _first_cause(failed: list[Future[Any]]) -> BaseException:

@@ -48,6 +48,7 @@ class LearnerWorker:
     ) -> None:
         self.algorithm, self.experience, self.weights, self.stop = algorithm, experience, weights, stop
         self.progress = Progress()
+        self._staleness: list[int] = []
         torch.set_num_threads(num_threads)
 
     def ingest(self) -> Progress:
@@ -58,9 +59,14 @@ class LearnerWorker:
         env_steps = self.progress.env_steps
         for trajectory in trajectories:
             self.algorithm.observe(trajectory)
+            self._staleness.append(self.progress.updates - max(trajectory.version, 0))
             env_steps += int(trajectory.valid.sum()) * trajectory.reward.shape[-1]
         self.progress = Progress(env_steps, self.progress.updates)
         return self.progress
+
+    def ready(self) -> bool:
+        """Whether there is enough experience to learn from."""
+        return self.algorithm.ready()
 
     def report(self) -> Progress:
         """How far the learner has come."""
@@ -69,7 +75,9 @@ class LearnerWorker:
     def update(self, epochs: int) -> dict[str, float]:
         """Make `epochs` updates, fewer if the run is asked to stop, none before the algorithm is ready.
 
-        Returns the means of its metrics and the statistics of its buffers, all without the `train/` prefix.
+        Returns, all without the `train/` prefix, the means of its metrics, the statistics of its buffers, and
+        `staleness/mean` and `staleness/max` of the segments taken in since the last call: how many updates older
+        than the learner the weights were that played them, the oldest of each segment.
         Raises NonFiniteError when a loss was NaN or infinite.
         """
         metrics, losses = MetricMean(), dict[str, list[tuple[int, Tensor | float]]]()
@@ -96,6 +104,9 @@ class LearnerWorker:
                 )
         for name, buffer in self.algorithm.buffers().items():
             means |= {f"{name}/{tag}": value for tag, value in buffer.statistics().items()}
+        if stale := self._staleness:
+            means |= {"staleness/mean": sum(stale) / len(stale), "staleness/max": float(max(stale))}
+            self._staleness = []
         return means
 
     def publish(self) -> int:

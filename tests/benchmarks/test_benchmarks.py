@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -227,6 +228,139 @@ def test_a_wrong_override_is_named_at_once(tmp_path):
     assert "algorithm.gamma" in done.stderr
 
 
+def options_and_config(recipe: str, *words: str):
+    from time_to_success import CONFIG_DIR, load_config, read_command
+
+    options = read_command(["--recipe", recipe, "--peer", "sb3", *words])
+    return options, load_config(recipe, ["profile=cpu", *options.overrides], CONFIG_DIR)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "script", "eval_steps", "interval"),
+    [
+        ("maniskill_sac_mlp", "sb3_pickcube.py", "10000", 156),
+        ("frankasim_ppo_mlp", "sb3_frankasim.py", "64000", 10),
+    ],
+)
+def test_the_peer_follows_from_environment_and_algorithm(recipe, script, eval_steps, interval):
+    from time_to_success import peer_trial, recipe_trial
+
+    options, config = options_and_config(recipe)
+    command = peer_trial(options, config, seed=3).command
+    assert Path(command[1]).name == script
+    assert ("PickCube-v1" in command) == ("pd_ee_delta_pos" in command) == (script == "sb3_pickcube.py")
+    assert command[command.index("--seed") + 1] == "3"
+    assert command[command.index("--eval-steps") + 1] == eval_steps
+    assert f"runner.val_check_interval={interval}" in recipe_trial(options, config, seed=3).command
+
+
+def test_a_given_evaluation_interval_holds_for_recipe_and_peer():
+    from time_to_success import peer_trial, recipe_trial
+
+    options, config = options_and_config("frankasim_ppo_mlp", "--eval-steps", "12800")
+    assert "12800" in peer_trial(options, config, seed=0).command
+    assert "runner.val_check_interval=2" in recipe_trial(options, config, seed=0).command
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("maniskill_ppo_mlp", []),
+        ("reach_ppo_mlp", []),
+        ("frankasim_ppo_mlp", ["env.train.gym_id=PandaPickCubeVision-v0", "env.eval.gym_id=PandaPickCubeVision-v0"]),
+    ],
+)
+def test_a_recipe_without_a_peer_is_named(recipe, words):
+    from time_to_success import peer_trial
+
+    from rlinf.core.errors import ConfigError
+
+    options, config = options_and_config(recipe, *words)
+    with pytest.raises(ConfigError, match=f"{recipe} is neither"):
+        peer_trial(options, config, seed=0)
+
+
+@pytest.mark.skipif(not HAS_PEER, reason="needs Stable-Baselines3")
+def test_the_peers_journal_times_learning_and_evaluation(tmp_path):
+    from sb3_journal import PROGRESS_STEPS, Journal
+
+    class Model:
+        num_timesteps, _n_updates = 0, 0
+
+    steps, evaluated = PROGRESS_STEPS // 2, []
+    model = Model()
+    journal = Journal(
+        tmp_path / "journal.jsonl", lambda: evaluated.append(1) or 0.5, eval_steps=3 * steps, updates_per_count=16
+    )
+    journal.model = model
+    for _ in range(4):
+        journal.on_rollout_start()
+        model.num_timesteps += steps
+        journal.on_step()
+        journal.on_rollout_end()
+        time.sleep(0.01)
+        model._n_updates += 8
+    journal.on_training_end()
+    rows = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    # One line tells of progress, one of the evaluation; both count the updates on what was collected before.
+    assert [row["time/env_steps"] for row in rows] == [2 * steps, 3 * steps]
+    assert [row["time/updates"] for row in rows] == [2 * 128, 3 * 128]
+    assert [row.get("eval/success_once") for row in rows] == [None, 0.5]
+    assert 0.02 <= rows[0]["time/actor_training"] < 1
+    assert 0.01 <= rows[1]["time/actor_training"] < 1
+    assert len(evaluated) == 1
+
+
+@pytest.mark.skipif(not HAS_PEER, reason="needs Stable-Baselines3")
+def test_peers_are_evaluated_in_the_same_episodes_every_time():
+    from sb3_journal import EVALUATION_SEED, success_once
+
+    class Env:
+        """Succeeds in its second step, and only then, in the episodes whose seeds are even."""
+
+        def reset(self, seed: int):
+            seeds.append(seed)
+            self.seed, self.steps = seed, 0
+            return np.zeros(2), {}
+
+        def step(self, action):
+            assert action.shape == (1,)
+            self.steps += 1
+            return np.zeros(2), 0.0, False, False, {"success": self.steps == 2 and self.seed % 2 == 0}
+
+    seeds: list[int] = []
+    for _ in range(2):
+        assert success_once(lambda obs: obs[:, :1], [Env(), Env()], episodes=5, episode_steps=3) == 3 / 5
+    assert seeds == [EVALUATION_SEED + i for i in range(5)] * 2
+
+
+@pytest.mark.sim
+@pytest.mark.skipif(not HAS_PEER, reason="needs Stable-Baselines3")
+def test_the_peer_on_franka_sim_has_the_recipes_settings():
+    from sb3_frankasim import NUM_ENVS, build
+    from time_to_success import CONFIG_DIR, load_config
+
+    model, recipe = build(num_envs=4, seed=1), load_config("frankasim_ppo_mlp", ["profile=cpu"], CONFIG_DIR)
+    algorithm, actor, env = recipe.algorithm, recipe.actor, recipe.env.train
+    assert (NUM_ENVS, model.n_steps) == (env.total_num_envs, env.max_steps_per_rollout_epoch)
+    assert (model.batch_size, model.n_epochs) == (actor.global_batch_size, algorithm.update_epoch)
+    assert (model.gamma, model.gae_lambda) == (algorithm.gamma, algorithm.gae_lambda)
+    assert model.clip_range(1.0) == algorithm.clip_ratio_low == algorithm.clip_ratio_high
+    assert (model.ent_coef, model.target_kl) == (algorithm.entropy_bonus, algorithm.target_kl)
+    assert model.normalize_advantage == algorithm.normalize_advantages
+    assert (model.lr_schedule(1.0), model.max_grad_norm) == (actor.optim.lr, actor.optim.clip_grad)
+    networks = model.policy.mlp_extractor
+    for net, hidden in (
+        (networks.policy_net, actor.model.hidden_dims),
+        (networks.value_net, actor.model.value_hidden_dims),
+    ):
+        assert tuple(layer.out_features for layer in net[::2]) == hidden
+        assert {type(layer).__name__.lower() for layer in net[1::2]} == {actor.model.activation}
+    assert model.policy.log_std.tolist() == [actor.model.log_std_init] * 4
+    assert model.get_vec_normalize_env().norm_obs == actor.model.normalize_obs
+    assert not model.get_vec_normalize_env().norm_reward
+
+
 # --- every script ---------------------------------------------------------------------------------------------
 
 
@@ -263,11 +397,13 @@ def test_frankasim_steps_prints_its_tables():
 
 @pytest.mark.sim
 @pytest.mark.slow
-def test_time_to_success_runs_a_recipe_and_its_peer(tmp_path):
-    peer = ["--peer", "sb3"] if HAS_PEER else []
-    out = output_of("time_to_success.py", *peer, "--out", str(tmp_path / "results.jsonl"), cwd=tmp_path)
-    assert "rlinf maniskill_sac_flow_state: 0 of 1 seeds" in out
+@pytest.mark.parametrize("recipe", ["maniskill_sac_flow_state", "frankasim_ppo_mlp"])
+def test_time_to_success_runs_a_recipe_and_its_peer(recipe, tmp_path):
+    words = ["--recipe", recipe, "--out", str(tmp_path / "results.jsonl"), *(["--peer", "sb3"] if HAS_PEER else [])]
+    out = output_of("time_to_success.py", *words, cwd=tmp_path)
+    assert f"rlinf {recipe}: 0 of 1 seeds" in out
     assert ("stable_baselines3: 0 of 1 seeds" in out) == HAS_PEER
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    kinds = [row["kind"] for row in rows]
     assert kinds.count("run") == 1 + HAS_PEER
-    assert "eval" in kinds
+    assert {row["name"] for row in rows if row["kind"] == "eval"} == {row["name"] for row in rows}

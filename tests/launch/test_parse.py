@@ -6,7 +6,8 @@ from textwrap import dedent
 import pytest
 
 from rlinf.core.errors import ConfigError
-from rlinf.launch.config import PpoConfig, Root, updates_per_step
+from rlinf.launch.algorithm_config import PpoConfig
+from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.parse import load_config
 
 RECIPE = """\
@@ -322,8 +323,8 @@ def test_a_key_of_another_model_is_named_as_such(folder: Path) -> None:
     [
         (
             "actor.model.model_type=mlp_polcy",
-            "actor.model.model_type = 'mlp_polcy': did you mean mlp_policy? choose flow_policy, mlp_policy or "
-            "mlp_actor_critic",
+            "actor.model.model_type = 'mlp_polcy': did you mean mlp_policy? choose flow_policy, mlp_policy, "
+            "cnn_policy or mlp_actor_critic",
         ),
         ("algorithm.agg_q=max", "algorithm.agg_q = 'max': choose min or mean"),
         (

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 import rlinf
 from rlinf.core.types import Trajectory
 from rlinf.data.demos import DemoMeta, write_demos
+from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.build import build_crew, build_evaluator
-from rlinf.launch.config import Root, SacConfig
+from rlinf.launch.config import Root
 from rlinf.launch.parse import key_paths, load_config, models_in
 from rlinf.runners.crew import Crew
 from rlinf.workers.learner_worker import LearnerWorker
@@ -62,14 +63,14 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
     algorithm = load(name).algorithm
     off_policy = isinstance(algorithm, SacConfig)
     if off_policy:
-        overrides += ["algorithm.replay_buffer.min_buffer_size=1"]
+        overrides += ["algorithm.replay_buffer.min_buffer_size=1", "algorithm.replay_buffer.capacity=5000"]
     has_demos = isinstance(algorithm, SacConfig) and algorithm.demo_buffer is not None
     if has_demos:
         overrides.append(f"algorithm.demo_buffer.load_path={record(tmp_path)}")
     root = load(name, f"profile={profile}", *overrides)
-    crew, networks, weights = build_crew(root, torch.device("cpu"))
+    crew, networks = build_crew(root, torch.device("cpu"))
     try:
-        evaluator = build_evaluator(root, weights, torch.device("cpu"), networks.actor, crew.stop)
+        evaluator = build_evaluator(root, crew.weights, torch.device("cpu"), networks.actor, crew.stop)
         assert evaluator.close() == []
         metrics = learn(crew)
     finally:

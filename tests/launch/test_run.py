@@ -18,9 +18,11 @@ import yaml
 from rlinf.core.errors import CheckpointError, ConfigError, DataError, MissingDependency
 from rlinf.core.types import Trajectory
 from rlinf.data.demos import DemoMeta, write_demos
-from rlinf.launch import build
+from rlinf.envs.reach import ReachWorlds
+from rlinf.launch import build, machine
 from rlinf.launch.config import Root
 from rlinf.launch.parse import load_config
+from rlinf.launch.play import play_run
 from rlinf.launch.run import evaluate_run, run_directory, train
 from rlinf.metrics import report
 from rlinf.runners.checkpoint import find
@@ -68,6 +70,73 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
     assert arrays
     for path in arrays:
         assert (one / path).read_bytes() == (other / path).read_bytes(), path
+
+
+# ---- asynchronous
+
+
+def test_an_asynchronous_run_trains_evaluates_and_resumes(reach_configs: Path, tmp_path: Path) -> None:
+    root = load(reach_configs, "runner.asynchronous=True", "algorithm.replay_buffer.samples_per_insert=64")
+    assert train(root) == 0
+    run_dir = run_directory(root)
+    rows = journal(run_dir)
+    assert [row["step"] for row in rows if "time/updates" in row] == [1, 2, 3, 4, 5, 6]
+    limit = 64 / root.actor.global_batch_size
+    assert all(row["time/updates"] <= limit * row["time/env_steps"] for row in rows if "time/updates" in row)
+    assert rows[-1]["eval/weights_version"] == rows[-1]["time/updates"]
+    again = load(
+        reach_configs,
+        "runner.asynchronous=True",
+        f"runner.resume_dir={run_dir}",
+        "runner.max_epochs=8",
+        f"runner.logger.log_path={tmp_path / 'again'}",
+    )
+    assert train(again) == 0
+    assert {row["step"] for row in journal(run_directory(again))} >= {7, 8}
+
+
+def test_ppo_is_refused_to_run_asynchronously() -> None:
+    with pytest.raises(ConfigError, match=r"runner\.asynchronous: PPO learns from what the present policy did"):
+        load_config("reach_ppo_mlp", ["runner.asynchronous=True"], CONFIG_DIR)
+
+
+def test_weights_are_synchronised_every_few_steps(reach_configs: Path) -> None:
+    root = load(reach_configs, "runner.weight_sync_interval=3", "runner.overlap=False", "runner.val_check_interval=-1")
+    assert train(root) == 0
+    updates = root.algorithm.update_epoch
+    stale = [row["train/staleness/max"] for row in journal(run_directory(root))]
+    learned = [row["time/updates"] for row in journal(run_directory(root))]
+    assert stale[-1] > 0
+    assert max(stale) <= 3 * updates <= max(learned)
+
+
+# ---- playing
+
+
+@pytest.mark.parametrize("chosen", ["run", "checkpoint"])
+def test_play_films_episodes_of_a_checkpoint(
+    reach_configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    root = load(reach_configs)
+    assert train(root) == 0
+    run_dir = run_directory(root)
+    pictures = np.zeros((3, 32, 32, 3), np.uint8)
+    monkeypatch.setattr(ReachWorlds, "render", lambda task: pictures)
+    path = run_dir if chosen == "run" else find(run_dir)
+    metrics = play_run(path, num_envs=3, seed=5, stochastic=False, window=False, output=tmp_path / "film.mp4")
+    assert metrics["eval/num_episodes"] == 3
+    assert (tmp_path / "film.mp4").stat().st_size > 0
+    monkeypatch.setattr(ReachWorlds, "render", lambda task: None)
+    with pytest.raises(ConfigError, match="draws no pictures"):
+        play_run(path, num_envs=3, seed=5, stochastic=True, window=False, output=None)
+
+
+def test_play_says_before_anything_else_that_there_is_no_window(
+    reach_configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    with pytest.raises(MissingDependency, match="leave out --window and open the mp4"):
+        play_run(Path("nowhere"), num_envs=1, seed=None, stochastic=False, window=True, output=None)
 
 
 # ---- training and resuming
@@ -384,18 +453,18 @@ def test_environments_are_closed_when_the_rest_cannot_be_built(
 def test_auto_workers_share_environments_evenly(
     monkeypatch: pytest.MonkeyPatch, cores: int, envs: int, workers: int
 ) -> None:
-    monkeypatch.setattr(build, "num_cores", lambda: cores)
+    monkeypatch.setattr(machine, "num_cores", lambda: cores)
     env = load_config("maniskill_sac_mlp", ["profile=cpu"], CONFIG_DIR).env.train
-    assert build.num_simulator_processes(env, envs) == workers
+    assert machine.num_simulator_processes(env, envs) == workers
 
 
 def test_auto_threads_leave_cores_to_simulators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "num_cores", lambda: 4)
+    monkeypatch.setattr(machine, "num_cores", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def threads(*overrides: str) -> int:
         fixed = ["profile=cpu", "env.train.total_num_envs=32", "runner.overlap=True", "actor.num_threads=auto"]
-        return build.num_learner_threads(load_config("maniskill_sac_mlp", [*fixed, *overrides], CONFIG_DIR))
+        return machine.num_learner_threads(load_config("maniskill_sac_mlp", [*fixed, *overrides], CONFIG_DIR))
 
     assert threads("env.train.num_workers=4") == 1
     assert threads("env.train.num_workers=1") == 2  # at most half of all
@@ -411,6 +480,6 @@ def test_auto_threads_leave_cores_to_simulators(monkeypatch: pytest.MonkeyPatch)
 def test_a_learner_on_the_cpu_gets_a_core_for_itself(
     monkeypatch: pytest.MonkeyPatch, overrides: list[str], cores: int
 ) -> None:
-    monkeypatch.setattr(build, "num_cores", lambda: 4)
+    monkeypatch.setattr(machine, "num_cores", lambda: 4)
     config = load_config("maniskill_sac_mlp", ["profile=cpu", *overrides], CONFIG_DIR)
-    assert build.cores_for_training_envs(config) == cores
+    assert machine.cores_for_training_envs(config) == cores

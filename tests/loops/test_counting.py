@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rlinf.runners.checkpoint import CheckpointStore
-from rlinf.runners.synchronous import Schedule, run_sync
+from rlinf.runners.schedule import Schedule
+from rlinf.runners.synchronous import run_sync
 from rlinf.runtime.local import Weights
 from tests.fakes import (
     CountingActor,

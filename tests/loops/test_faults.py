@@ -9,7 +9,8 @@ import torch
 
 from rlinf.core.errors import CheckpointError, NonFiniteError, WorkerDied
 from rlinf.runners.checkpoint import CheckpointStore, find, load_policy, load_run, verify
-from rlinf.runners.synchronous import Schedule, run_sync
+from rlinf.runners.schedule import Schedule
+from rlinf.runners.synchronous import run_sync
 from tests.fakes import (
     CountingActor,
     CountingAlgorithm,

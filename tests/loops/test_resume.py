@@ -8,7 +8,8 @@ import torch
 
 from rlinf.core.errors import CheckpointError
 from rlinf.runners.checkpoint import CheckpointStore, load_policy, load_run
-from rlinf.runners.synchronous import Schedule, run_sync
+from rlinf.runners.schedule import Schedule
+from rlinf.runners.synchronous import run_sync
 from tests.fakes import (
     ReachEnv,
     RecordingReporter,

@@ -1,6 +1,6 @@
 import pytest
 
-from rlinf.runners.synchronous import Schedule
+from rlinf.runners.schedule import Schedule
 from rlinf.runtime.local import Weights
 from tests.fakes import CountingActor, CountingEnv, RecordingReporter, build_evaluator
 

@@ -14,7 +14,8 @@ import sys
 import rlinf.runtime.local
 rlinf.runtime.local.STOP_TIMEOUT_S = 1.5  # before others import it
 from rlinf.runners.checkpoint import CheckpointStore
-from rlinf.runners.synchronous import Schedule, run_sync
+from rlinf.runners.schedule import Schedule
+from rlinf.runners.synchronous import run_sync
 from tests.fakes import CountingActor, CountingAlgorithm, CountingEnv, RecordingReporter, build_crew, slow
 
 class Printer(RecordingReporter):

@@ -7,6 +7,7 @@ MuJoCo Menagerie). Nothing is copied, and none of gym-hil's code is imported.
 from __future__ import annotations
 
 import ctypes.util
+import functools
 import importlib.util
 import os
 import sys
@@ -55,8 +56,9 @@ def import_mujoco() -> Any:
     return mujoco
 
 
+@functools.cache
 def physics_model() -> Any:
-    """The compiled scene (`MjModel`) without its torque and force sensors.
+    """The compiled scene (`MjModel`) without its torque and force sensors; one for all, so nobody may write into it.
 
     Nobody reads those, and for them MuJoCo computes the inverse dynamics in every physics step.
     """

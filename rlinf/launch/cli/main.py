@@ -1,10 +1,10 @@
-"""The command line: doctor, configs, plot, eval. A command imports what it needs when it is chosen."""
+"""The commands of `python -m rlinf`. Each imports what it needs when it is chosen."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import rlinf
@@ -54,6 +54,20 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate the newest checkpoint of a run")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory, holds config.yaml and checkpoints")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the run's own config")
+
+    play = commands.add_parser("play", help="film episodes of what a run has learned, or show them in a window")
+    play.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints/global_step_<N>")
+    play.add_argument("--envs", type=int, default=4, metavar="N", help="episodes, side by side in the picture (4)")
+    play.add_argument("--seed", type=int, metavar="S", help="other initial states than those of the run's evaluations")
+    play.add_argument("--stochastic", action="store_true", help="explore as in training")
+    play.add_argument("--window", action="store_true", help="show the film in a window too")
+    play.add_argument("-o", "--output", type=Path, metavar="MP4", help="the film (default: videos/ inside RUN)")
+
+    convert = commands.add_parser(
+        "convert-resnet10", help="SERL's resnet10_params.pkl to a file for actor.model.model_path"
+    )
+    convert.add_argument("source", type=Path, metavar="PKL", help="the published pickle; nothing in it is run")
+    convert.add_argument("target", type=Path, metavar="FILE", help="what to write: FILE.safetensors, or a folder")
     return parser
 
 
@@ -97,16 +111,56 @@ def run_eval(chosen: argparse.Namespace) -> int:
     if not chosen.run.is_dir():
         raise ConfigError(f"{chosen.run} is not a run directory")
     from rlinf.launch.run import evaluate_run
-    from rlinf.metrics.view import short_number
 
-    metrics = evaluate_run(chosen.run, chosen.overrides)
-    width = max(map(len, metrics), default=0)
-    for tag, value in metrics.items():
-        print(f"{tag:<{width}}  {short_number(value):>9}")
+    print_metrics(evaluate_run(chosen.run, chosen.overrides))
     return 0
 
 
-COMMANDS = {"doctor": run_doctor, "configs": run_configs, "plot": run_plot, "eval": run_eval}
+def run_play(chosen: argparse.Namespace) -> int:
+    """Film episodes of a run's checkpoint and print how they went."""
+    if not chosen.run.is_dir():
+        raise ConfigError(f"{chosen.run} is not a run directory")
+    if chosen.output is not None and chosen.output.suffix != ".mp4":
+        raise ConfigError(f"--output {chosen.output}: the name must end in .mp4")
+    from rlinf.launch.play import play_run
+
+    metrics = play_run(
+        chosen.run,
+        num_envs=chosen.envs,
+        seed=chosen.seed,
+        stochastic=chosen.stochastic,
+        window=chosen.window,
+        output=chosen.output,
+    )
+    print_metrics(metrics)
+    return 0
+
+
+def run_convert(chosen: argparse.Namespace) -> int:
+    """Convert SERL's encoder and print the name of the file."""
+    from rlinf.models.serl_checkpoint import convert_resnet10
+
+    print(convert_resnet10(chosen.source, chosen.target))
+    return 0
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """A line for each."""
+    from rlinf.metrics.view import short_number
+
+    width = max(map(len, metrics), default=0)
+    for tag, value in metrics.items():
+        print(f"{tag:<{width}}  {short_number(value):>9}")
+
+
+COMMANDS = {
+    "doctor": run_doctor,
+    "configs": run_configs,
+    "plot": run_plot,
+    "eval": run_eval,
+    "play": run_play,
+    "convert-resnet10": run_convert,
+}
 
 
 def find_config_dir() -> Path:

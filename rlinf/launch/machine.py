@@ -1,0 +1,100 @@
+"""What a run does with the machine it is on: device, precision, memory, and who gets which CPU cores."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+import torch
+
+from rlinf.core.errors import MissingDependency
+from rlinf.envs.config import EnvConfig
+from rlinf.envs.frankasim.config import FrankaSimConfig
+from rlinf.envs.maniskill.config import ManiSkillConfig
+from rlinf.launch.config import Root
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
+def device_of(config: Root) -> torch.device:
+    """Where networks live. Raises MissingDependency when the GPU profile finds no CUDA device."""
+    if config.profile == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MissingDependency(
+            "profile=gpu, but torch sees no CUDA device; write profile=cpu, or look at `python -m rlinf doctor`"
+        )
+    return torch.device("cuda")
+
+
+def set_matmul_precision(config: Root, device: torch.device) -> None:
+    """Let float32 matrix products on a CPU multiply in bfloat16 and add in float32, if the configuration says so.
+
+    Only the inner products change: tensors stay float32, so nothing is cast back and forth as under autocast, and
+    small networks gain where autocast loses. A setting of the process.
+    """
+    bf16_on_cpu = config.actor.precision == "bf16" and device.type == "cpu"
+    torch.set_float32_matmul_precision("medium" if bf16_on_cpu else "highest")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors instead of handing it back (glibc; elsewhere nothing).
+
+    An update frees and takes megabytes many times over, and memory that comes back from the kernel is cleared page
+    by page: a tenth to a fifth of an update of the flow recipe on a CPU. A setting of the process.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    for option, size in ((M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20), (M_MMAP_THRESHOLD, 32 << 20)):
+        libc.mallopt(option, size)
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_simulator_processes(env: EnvConfig, num_envs: int, cores: int | None = None) -> int:
+    """`num_workers` with auto resolved: the most that share `num_envs` evenly, at most one per core (None: all)."""
+    if env.num_workers != "auto":
+        return env.num_workers
+    most = min(cores or num_cores(), num_envs)
+    return max(count for count in range(1, most + 1) if num_envs % count == 0)
+
+
+def learns_while_collecting(config: Root) -> bool:
+    """Whether learner and simulators work at the same time."""
+    return config.runner.overlap or config.runner.asynchronous
+
+
+def cores_for_training_envs(config: Root) -> int:
+    """CPU cores that step simulators in training: all, or all but one when a learner on the CPU works meanwhile.
+
+    With a simulator on its core too, an update took a quarter longer (docs/LOG.md).
+    """
+    busy = learns_while_collecting(config) and config.profile == "cpu"
+    return max(1, num_cores() - 1) if busy else num_cores()
+
+
+def simulates_on_cpu(env: EnvConfig) -> bool:
+    """Whether stepping keeps CPU cores busy."""
+    if not isinstance(env, ManiSkillConfig):
+        return isinstance(env, FrankaSimConfig)
+    backend = env.init_params.sim_backend
+    return backend == "cpu" or (backend == "auto" and not torch.cuda.is_available())
+
+
+def num_learner_threads(config: Root) -> int:
+    """`actor.num_threads` with auto resolved.
+
+    Half of the cores at most: the products of a recipe's networks are small, and a thread that waits for its share
+    of them costs more than it brings (on two cores an update took 14 ms with one thread and 17 to 29 with two).
+    """
+    if config.actor.num_threads != "auto":
+        return config.actor.num_threads
+    train, free = config.env.train, num_cores()
+    if learns_while_collecting(config) and simulates_on_cpu(train):
+        num_envs = train.total_num_envs // config.rollout.pipeline_stage_num
+        free -= num_simulator_processes(train, num_envs, cores_for_training_envs(config))
+    return max(1, min(free, num_cores() // 2))

@@ -1,0 +1,174 @@
+"""Asynchronous training: environments and policy never wait for the learner, nor the learner for them.
+
+    play      | segment | segment | segment | segment | ...      always one under way and one in the queue
+    learn     | step 1       | step 2       | step 3       | ... each takes in all that has arrived
+    evaluate  |                    | the weights of step 1  |    in environments of its own
+
+A global step is `updates` updates. The learner waits only while there is too little experience to learn from: before
+the algorithm is ready, and where `max_updates_per_env_step` limits it. The policy takes up newer weights, when there
+are any, between two actions; how old the weights were that a segment was played by is logged as `train/staleness/`.
+The result depends on timing: two runs of one seed differ. To be repeated exactly, a run must be synchronous.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from rlinf.runners.checkpoint import CheckpointStore
+from rlinf.runners.crew import Collection, Crew, Reporter
+from rlinf.runners.evaluate import Evaluating, Evaluator
+from rlinf.runners.run import Run, drive, rates
+from rlinf.runners.schedule import Schedule
+from rlinf.runtime.local import Handle, wait_for_one
+from rlinf.workers.env_worker import merge_episode_means
+from rlinf.workers.learner_worker import LearnerWorker
+
+IN_FLIGHT = 2
+"""Segments asked for at any time: the next one waits in the environments' own queue when one ends."""
+
+
+def run_async(
+    crew: Crew,
+    schedule: Schedule,
+    store: CheckpointStore,
+    reporter: Reporter,
+    *,
+    evaluator: Evaluator | None = None,
+    last_step: int = 0,
+) -> int:
+    """Train asynchronously from the step after `last_step` to `schedule.num_steps`; see `run.drive`.
+
+    The evaluator must read from weights of its own: each evaluation keeps those that it began with.
+    """
+    if evaluator is not None and evaluator.weights is crew.weights:
+        raise ValueError("the evaluator of an asynchronous run needs Weights of its own")
+    return drive(Asynchronous(Run(crew, schedule, store, reporter, evaluator)), last_step)
+
+
+class Asynchronous:
+    """What plays, what is being evaluated, and the episodes that ended since the last report."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.playing: deque[Collection] = deque()
+        self.evaluating: Evaluating | None = None
+        self._episodes: list[dict[str, float]] = []
+        self._arrival = (time.perf_counter(), run.crew.progress().env_steps)
+        self._env_steps_per_s = 0.0
+
+    def step(self, step: int) -> None:
+        """Make the updates of one global step with the experience that is there; report what has come in."""
+        run, crew, schedule = self.run, self.run.crew, self.run.schedule
+        run.times, last = {}, step == schedule.num_steps
+        before = crew.progress()
+        with run.timed("step"):
+            run.publish_if_due()
+            self._keep_playing()
+            self._wait_for_experience()
+            updating = crew.learner.run(LearnerWorker.update, schedule.updates)
+            self._wait_for(updating)
+            [learned] = updating.wait()
+            after = crew.progress()
+            evaluation = self._finished_evaluation()
+            if schedule.saves(step) and not crew.stop.is_set():
+                self.settle()
+                run.save(step)
+            if schedule.evaluates(step) and not crew.stop.is_set():
+                evaluation |= self._last_evaluation(step) if last else self._begin_evaluation(step)
+        speeds = rates(before, after, run.times["step"], updating.seconds)
+        speeds["env_steps_per_s"] = self._env_rate(after.env_steps)
+        run.log(step, episodes=self._ended_episodes(), evaluation=evaluation, learned=learned, rates=speeds)
+
+    def settle(self) -> None:
+        """Wait until the environments play no more, and take in what they have played."""
+        while self.playing:
+            self._episodes.append(self.playing.popleft().wait())
+        self.run.crew.ingest()
+
+    def _keep_playing(self) -> None:
+        """See to it that `IN_FLIGHT` segments are asked for. Raises what went wrong with those that are over."""
+        while self.playing and self.playing[0].done:
+            self._episodes.append(self.playing.popleft().wait())
+        while len(self.playing) < IN_FLIGHT and not self.run.crew.stop.is_set():
+            self.playing.append(self.run.crew.collect(self.run.schedule.chunks, 1))
+
+    def _wait_for_experience(self) -> None:
+        """Give the learner what has arrived, and wait for more while it may not go on learning."""
+        crew = self.run.crew
+        with self.run.timed("wait_for_experience"):
+            while not self._may_learn() and not crew.stop.is_set():
+                wait_for_one([*self.playing[0].handles], watching=self._watched())
+                self._keep_playing()
+
+    def _may_learn(self) -> bool:
+        crew, schedule = self.run.crew, self.run.schedule
+        progress = crew.ingest()
+        if not crew.ready():
+            return False
+        limit = schedule.max_updates_per_env_step
+        return limit is None or progress.updates + schedule.updates <= limit * progress.env_steps
+
+    def _wait_for(self, handle: Handle[Any]) -> None:
+        """Wait for `handle` and keep the environments busy meanwhile; not to its end when the run is to stop."""
+        while not handle.done and not self.run.crew.stop.is_set():
+            awaited = [handle, *(self.playing[0].handles if self.playing else ())]
+            wait_for_one(awaited, watching=self._watched())
+            self._keep_playing()
+
+    def _watched(self) -> list[Handle[Any]]:
+        handles = [handle for collection in self.playing for handle in collection.handles]
+        return handles + list(self.evaluating.handles if self.evaluating else ())
+
+    def _begin_evaluation(self, step: int) -> dict[str, float]:
+        """Start evaluating the weights of now, unless the evaluation before is still under way."""
+        run = self.run
+        if run.evaluator is None:
+            return {}
+        if self.evaluating is not None:
+            run.reporter.note(
+                f"step {step} is not evaluated: the evaluation of step {self.evaluating.step} is still under way; "
+                "raise runner.val_check_interval or lower env.eval.rollout_epoch"
+            )
+            return {}
+        run.publish()
+        run.evaluator.pin(run.crew.weights)
+        self.evaluating = run.evaluator.start(step, film=run.schedule.films(step))
+        return {}
+
+    def _finished_evaluation(self) -> dict[str, float]:
+        """The metrics of the evaluation that has ended meanwhile, if one has."""
+        if self.evaluating is None or not self.evaluating.done:
+            return {}
+        metrics = self.evaluating.finish(self.run.reporter)
+        self.evaluating = None
+        return metrics
+
+    def _last_evaluation(self, step: int) -> dict[str, float]:
+        """That of the final weights, with the environments of training at rest."""
+        run = self.run
+        if run.evaluator is None:
+            return {}
+        with run.timed("eval"):
+            if self.evaluating is not None:
+                unreported = self.evaluating.finish(run.reporter)
+                self.evaluating = None
+                run.log(step - 1, evaluation=unreported)
+            if run.crew.stop.is_set():
+                return {}
+            run.publish()
+            run.evaluator.pin(run.crew.weights)
+            return run.evaluator.run(run.reporter, step, film=run.schedule.films(step))
+
+    def _env_rate(self, env_steps: int) -> float:
+        """Environment steps per second between the last two arrivals; segments may take longer than a global step."""
+        (then, steps_then), now = self._arrival, time.perf_counter()
+        if env_steps > steps_then:
+            self._env_steps_per_s = (env_steps - steps_then) / (now - then)
+            self._arrival = (now, env_steps)
+        return self._env_steps_per_s
+
+    def _ended_episodes(self) -> dict[str, float]:
+        ended, self._episodes = self._episodes, []
+        return merge_episode_means(ended)
