@@ -41,6 +41,9 @@ _FIXED = {
     "start": Column("bool"),
 }
 
+BOOKKEEPING_BYTES = sum(column.row_bytes for column in _FIXED.values())
+"""Of a row, beside its observation and decision."""
+
 _LOG = logging.getLogger(__name__)
 
 

@@ -6,8 +6,10 @@ The only place that knows both configurations and classes: everything below gets
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +22,10 @@ from rlinf.core.errors import CheckpointError, ConfigError, DataError
 from rlinf.core.protocols import Mode, VectorEnv
 from rlinf.core.seeding import derive_seed, numpy_generator, torch_generator
 from rlinf.core.types import EnvSpaces
+from rlinf.data.columns import gigabytes
 from rlinf.data.demos import check_demos, read_demos
 from rlinf.data.mix import MixedReplay
-from rlinf.data.replay import ReplayBuffer
+from rlinf.data.replay import BOOKKEEPING_BYTES, ReplayBuffer
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.functional.returns import fold_chunk
@@ -255,6 +258,20 @@ def build_sac(
         device=device,
         generator=torch_generator(learner_seed(config, "losses"), "noise", device),
     )
+
+
+def describe_replay(config: Root, crew: Crew) -> str | None:
+    """One line that says how much memory the replay buffer will take; None where there is none."""
+    if not isinstance(config.algorithm, SacConfig):
+        return None
+    replay, spaces = config.algorithm.replay_buffer, crew.env.run(_spaces).wait()[0]
+    decision = 4 * spaces.action_dim * config.actor.model.num_action_chunks
+    # Sentences are kept as ids.
+    kinds = {path: "int32" if kind == "str" else kind for path, kind in spaces.obs_dtypes.items()}
+    frame = sum(math.prod(shape) * np.dtype(kinds[path]).itemsize for path, shape in spaces.obs_shapes.items())
+    row = frame + decision + BOOKKEEPING_BYTES
+    place = "in memory" if replay.storage_dir is None else f"in {replay.storage_dir}"
+    return f"replay buffer: up to {replay.capacity:,} rows of {row:,} bytes, {gigabytes(replay.capacity * row)} {place}"
 
 
 def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces) -> ReplayBuffer:

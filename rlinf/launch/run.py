@@ -21,6 +21,7 @@ from rlinf.launch.build import (
     Networks,
     build_crew,
     build_evaluator,
+    describe_replay,
     load_weights_into,
 )
 from rlinf.launch.config import Root, updates_per_step
@@ -101,6 +102,8 @@ def _train(
     with _closing_on_failure(crew, reporter):
         if config.runner.ckpt_path is not None:
             load_weights_into(networks.actor, load_policy(config.runner.ckpt_path)[1], config.runner.ckpt_path)
+        if (memory := describe_replay(config, crew)) is not None:
+            reporter.note(memory)
         last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0
         evaluator = _evaluator_of_run(config, device, crew, networks)
         # Not before: a resumption that fails must leave the record of its run as it was.

@@ -13,9 +13,11 @@ from pydantic import BaseModel
 
 import rlinf
 from rlinf.core.types import Trajectory
+from rlinf.data.columns import gigabytes
 from rlinf.data.demos import DemoMeta, write_demos
+from rlinf.data.replay import ReplayBuffer
 from rlinf.launch.algorithm_config import SacConfig
-from rlinf.launch.build import build_crew, build_evaluator
+from rlinf.launch.build import build_crew, build_evaluator, describe_replay
 from rlinf.launch.config import Root
 from rlinf.launch.parse import key_paths, load_config, models_in
 from rlinf.runners.crew import Crew
@@ -79,6 +81,30 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
         assert metrics["replay_buffer/size"] == 2 * root.env.train.total_num_envs
     assert torch.isfinite(torch.tensor(metrics["sac/critic_loss" if off_policy else "critic/value_loss"]))
     assert ("demo_buffer/size" in metrics) == has_demos
+
+
+@pytest.mark.usefixtures("fake_maniskill")
+@pytest.mark.parametrize("name", ["maniskill_sac_flow_state", "frankasim_sac_cnn_async"])
+def test_the_memory_told_at_the_start_is_what_a_row_takes(name: str) -> None:
+    overrides = [
+        "profile=cpu",
+        "env.train.num_workers=0",
+        "actor.num_threads=1",
+        "algorithm.replay_buffer.capacity=2000",
+    ]
+    root = load(name, *overrides)
+    crew, _ = build_crew(root, torch.device("cpu"))
+    try:
+        told = describe_replay(root, crew)
+        crew.publish()
+        crew.collect(chunks=2, segments=1).wait()
+        crew.ingest()
+        [buffer] = crew.learner.run(lambda worker: worker.algorithm.buffers()["replay_buffer"]).wait()
+    finally:
+        assert crew.close() == []
+    assert isinstance(buffer, ReplayBuffer)
+    row = sum(array[0].nbytes for array in buffer._arrays.values())
+    assert told == f"replay buffer: up to 2,000 rows of {row:,} bytes, {gigabytes(2000 * row)} in memory"
 
 
 def learn(crew: Crew) -> dict[str, float]:

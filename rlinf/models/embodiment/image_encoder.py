@@ -1,11 +1,11 @@
 """Camera images and the robot's state to one feature vector, for networks that know nothing but a state.
 
-Each camera: backbone → map → learned spatial embedding → linear → layer norm → tanh. The robot's state: linear →
-layer norm → tanh. The features are their concatenation, cameras in the order of their names, the state last. This is
-the encoder of SERL (Luo et al. 2024, arXiv:2401.16013), whose backbone is a pretrained and frozen ResNet-10; without
-its weights a small network is trained from scratch.
+Each camera: backbone → map → pooling → linear → layer norm → tanh. The robot's state: linear → layer norm → tanh. The
+features are their concatenation, cameras in the order of their names, the state last. This is the encoder of SERL (Luo
+et al. 2024, arXiv:2401.16013), whose backbone is a pretrained and frozen ResNet-10 pooled by a learned spatial
+embedding. Without its weights a small network is trained from scratch, and its map is flattened.
 
-Submodules are named as in RLinf's checkpoints, but that a frozen backbone is there once, not once for each camera.
+What is trained besides a backbone (`pooling_layer`, `mlp`, `state_proj`) is named and shaped as in RLinf's checkpoints.
 
     B batch, N environments, S state size, F features, H and W size of an image
 """
@@ -13,6 +13,7 @@ Submodules are named as in RLinf's checkpoints, but that a frozen backbone is th
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
@@ -47,46 +48,43 @@ class ImageEncoderKeys(Config):
         "Without model_path it means nothing: the small network is always trained.",
     )
     small_channels: tuple[PositiveInt, ...] = Field(
-        (32, 32, 32), min_length=1, description="Widths of the small network's layers; used without model_path."
+        (16, 32, 32), min_length=1, description="Widths of the small network's layers; used without model_path."
     )
-    spatial_embeddings: int = Field(8, gt=0, description="Features read from each channel of a camera's map.")
+    spatial_embeddings: int = Field(
+        8, gt=0, description="Features read from each channel of the pretrained backbone's map; used with model_path."
+    )
     image_feature_dim: int = Field(256, gt=0, description="Features of a camera.")
     state_feature_dim: int = Field(64, gt=0, description="Features of the robot's state.")
     dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Share of the values read from a camera's map that losses drop. Acting drops none. SERL: 0.1.",
+        description="Share of the values read from a camera's map that the critic's loss drops; acting drops none. "
+        "SERL: 0.1, with the pretrained backbone.",
     )
 
 
 class CameraEncoder(nn.Module):
-    """A map, or an image where the camera has a backbone of its own, to the camera's features.
+    """Images, or their maps where the backbone is shared, to a camera's features.
 
     Args:
-        backbone: of this camera alone; None when it is given maps.
-        channels, height, width: of the map.
+        backbone: of this camera alone; None for a shared one.
+        pooling: map to a vector.
+        pooled_dim: its size.
+        feature_dim: features of the camera.
+        dropout: share of the pooled values that may be dropped.
     """
 
     def __init__(
-        self,
-        backbone: nn.Module | None,
-        channels: int,
-        height: int,
-        width: int,
-        *,
-        spatial_embeddings: int,
-        feature_dim: int,
-        dropout: float,
+        self, backbone: nn.Module | None, pooling: nn.Module, pooled_dim: int, feature_dim: int, dropout: float
     ) -> None:
         super().__init__()
-        self.dropout, self.resnet_backbone = dropout, backbone
-        self.pooling_layer = SpatialLearnedEmbeddings(channels, height, width, spatial_embeddings)
-        self.mlp = _squashed_linear(self.pooling_layer.out_dim, feature_dim)
+        self.backbone, self.pooling_layer, self.dropout = backbone, pooling, dropout
+        self.mlp = _squashed_linear(pooled_dim, feature_dim)
 
     def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Image uint8 [B, H, W, 3] or map [B, C, h, w] → [B, feature_dim]; drops values only by a generator."""
-        x = self.pooling_layer(x if self.resnet_backbone is None else self.resnet_backbone(x))
+        x = self.pooling_layer(x if self.backbone is None else self.backbone(x))
         if generator is not None and self.dropout > 0:
             kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
             x = x * kept / (1 - self.dropout)
@@ -119,7 +117,7 @@ class ImageEncoder(nn.Module):
         *,
         resnet: ResNet10 | None = None,
         freeze_backbone: bool = True,
-        small_channels: tuple[int, ...] = (32, 32, 32),
+        small_channels: tuple[int, ...] = (16, 32, 32),
         spatial_embeddings: int = 8,
         image_feature_dim: int = 256,
         state_feature_dim: int = 64,
@@ -131,18 +129,18 @@ class ImageEncoder(nn.Module):
         self.out_dim = image_feature_dim * len(self.image_shapes) + state_feature_dim
         self.normalizer = normalizer
         frozen = resnet is not None and freeze_backbone
-        self.resnet_backbone = resnet.requires_grad_(False) if resnet is not None and frozen else None
+        self.backbone = resnet.requires_grad_(False) if resnet is not None and frozen else None
         self.encoders = nn.ModuleDict()
         for camera, (height, width, _) in self.image_shapes.items():
-            backbone: ResNet10 | SmallCnn
             backbone = SmallCnn(small_channels) if resnet is None else resnet if frozen else copy.deepcopy(resnet)
+            size, channels = backbone.map_size(height, width), backbone.out_channels
+            pooling = nn.Flatten() if resnet is None else SpatialLearnedEmbeddings(channels, *size, spatial_embeddings)
             self.encoders[camera] = CameraEncoder(
                 None if frozen else backbone,
-                backbone.out_channels,
-                *backbone.map_size(height, width),
-                spatial_embeddings=spatial_embeddings,
-                feature_dim=image_feature_dim,
-                dropout=dropout,
+                pooling,
+                channels * (math.prod(size) if resnet is None else spatial_embeddings),
+                image_feature_dim,
+                dropout,
             )
         self.state_proj = _squashed_linear(state_dim, state_feature_dim)
 
@@ -164,12 +162,12 @@ class ImageEncoder(nn.Module):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """All but a frozen backbone's, in an order that a target's are in too."""
-        frozen = set(self.resnet_backbone.parameters()) if self.resnet_backbone is not None else set()
+        frozen = set(self.backbone.parameters()) if self.backbone is not None else set()
         return [parameter for parameter in self.parameters() if parameter not in frozen]
 
     def make_target(self) -> ImageEncoder:
         """A frozen copy with the same weights that goes on sharing the normaliser and a frozen backbone."""
-        shared = {id(part): part for part in (self.normalizer, self.resnet_backbone) if part is not None}
+        shared = {id(part): part for part in (self.normalizer, self.backbone) if part is not None}
         return copy.deepcopy(self, shared).requires_grad_(False)
 
     def _checked(self, camera: str, images: Mapping[str, Tensor]) -> Tensor:
@@ -187,10 +185,10 @@ class ImageEncoder(nn.Module):
 
     def _map(self, image: Tensor) -> Tensor:
         """The shared backbone's map of an image; the image itself where each camera has a backbone of its own."""
-        if self.resnet_backbone is None:
+        if self.backbone is None:
             return image
         with torch.no_grad():
-            return self.resnet_backbone(image)
+            return self.backbone(image)
 
 
 def build_image_encoder(

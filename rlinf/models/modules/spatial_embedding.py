@@ -20,7 +20,6 @@ class SpatialLearnedEmbeddings(nn.Module):
 
     def __init__(self, channels: int, height: int, width: int, num_features: int) -> None:
         super().__init__()
-        self.out_dim = channels * num_features
         self.kernel = nn.Parameter(torch.randn(channels, height, width, num_features) / math.sqrt(height * width))
 
     def forward(self, feature_map: Tensor) -> Tensor:
