@@ -90,7 +90,7 @@ def test_the_memory_told_at_the_start_is_what_a_row_takes(name: str) -> None:
         "profile=cpu",
         "env.train.num_workers=0",
         "actor.num_threads=1",
-        "algorithm.replay_buffer.capacity=2000",
+        "algorithm.replay_buffer.capacity=3000",
     ]
     root = load(name, *overrides)
     crew, _ = build_crew(root, torch.device("cpu"))
@@ -104,7 +104,7 @@ def test_the_memory_told_at_the_start_is_what_a_row_takes(name: str) -> None:
         assert crew.close() == []
     assert isinstance(buffer, ReplayBuffer)
     row = sum(array[0].nbytes for array in buffer._arrays.values())
-    assert told == f"replay buffer: up to 2,000 rows of {row:,} bytes, {gigabytes(2000 * row)} in memory"
+    assert told == f"replay buffer: up to 3,000 rows of {row:,} bytes, {gigabytes(3000 * row)} in memory"
 
 
 def learn(crew: Crew) -> dict[str, float]:
