@@ -19,7 +19,7 @@ readonly PYTHONS="python3.11 python3.12 python3.10 python3.13 python3"
 readonly ENVS="maniskill reach maniskill_libero libero frankasim realworld franka"
 readonly MODELS="mlp_policy flow_policy cnn_policy openpi openvla openvla_oft openvla-oft"
 readonly ENVS_HERE="maniskill reach maniskill_libero frankasim"
-readonly MODELS_HERE="mlp_policy flow_policy"
+readonly MODELS_HERE="mlp_policy flow_policy cnn_policy"
 
 VENV=$ROOT/.venv
 EXTRAS=()  # optional dependency groups of pyproject.toml

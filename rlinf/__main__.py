@@ -4,4 +4,8 @@ import sys
 
 from rlinf.launch.cli.main import main
 
-sys.exit(main())
+code = main()
+# Only commands that run workers have loaded it, and with it torch.
+if (runtime := sys.modules.get("rlinf.runtime.local")) is not None:
+    runtime.leave(code)
+sys.exit(code)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from rlinf.core.errors import RlinfError
 
 
-def main() -> int:
-    """Run one recipe; the exit code is 0 when it finished, 2 when the user has something to mend."""
+def main() -> NoReturn:
+    """Run one recipe and end the process; its code is 0 when it finished, 2 when the user has something to mend."""
     parser = argparse.ArgumentParser(description="Train or evaluate a recipe.", allow_abbrev=False)
     parser.add_argument("--config-name", required=True, help="YAML file without its ending, see `rlinf configs`")
     parser.add_argument("--config-path", default=Path(__file__).parent / "config", help="folder of the YAML files")
@@ -22,13 +23,15 @@ def main() -> int:
     # Late, so that a mistyped option is answered at once.
     from rlinf.launch.parse import load_config
     from rlinf.launch.run import train
+    from rlinf.runtime.local import leave
 
     try:
-        return train(load_config(arguments.config_name, arguments.overrides, arguments.config_path))
+        code = train(load_config(arguments.config_name, arguments.overrides, arguments.config_path))
     except RlinfError as problem:
         print(f"error: {problem}", file=sys.stderr)
-        return 2
+        code = 2
+    leave(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,17 +10,21 @@ came out of a channel as read-only and makes new arrays instead of writing into 
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import os
 import queue
 import sys
 import threading
 import time
 import traceback
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for_futures
 from functools import partial
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -135,21 +139,24 @@ class _Replica:
     """The only thread that ever touches one worker object; calls queue up and run in order."""
 
     def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
-        self.name = name
+        self.name, self.busy = name, False
         self._on_failure = on_failure
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         # A daemon, so that a worker stuck in foreign code cannot keep the interpreter from ending.
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
+        _REPLICAS.add(self)
 
     def _serve(self) -> None:
         while (item := self._calls.get()) is not None:
             future, call = item
+            self.busy = True
             try:
                 future.set_result(call())
             except BaseException as error:  # the thread's edge: whatever it is belongs to the caller
                 future.set_exception(error)
                 self._on_failure(error)
+            self.busy = False
 
     def submit(self, call: Callable[[], R]) -> Future[R]:
         future: Future[R] = Future()
@@ -166,6 +173,24 @@ class _Replica:
             return f"{self.name} (its thread has ended)"
         at = traceback.extract_stack(frame)[-1]
         return f"{self.name} (at {at.filename}:{at.lineno}, in {at.name})"
+
+
+_REPLICAS: weakref.WeakSet[_Replica] = weakref.WeakSet()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`, also when a replica hangs in the middle of a call.
+
+    Python would end with that thread inside of foreign code, which C++ answers by aborting the process.
+    """
+    if any(replica.busy for replica in _REPLICAS):
+        for child in multiprocessing.active_children():
+            child.terminate()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class Handle(Generic[R]):

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -163,3 +165,24 @@ def test_weights_give_the_newest_or_nothing():
     weights.publish(5, {"a": 2})
     assert weights.newer_than(3) == (5, {"a": 2})
     assert weights.newer_than(5) is None
+
+
+LEAVING = """
+import time, torch
+from rlinf.runtime.local import Group, leave
+class Worker:
+    def hang(self):
+        x = torch.ones(99, 99, requires_grad=True)
+        while True:
+            (x @ x).sum().backward()
+workers = Group("worker", [Worker])
+workers.run(Worker.hang)
+time.sleep(0.2)
+print("the last words")
+leave(3)
+"""
+
+
+def test_leaving_ends_the_process_although_a_replica_hangs_in_foreign_code():
+    ended = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "the last words\n", "")
