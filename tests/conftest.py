@@ -1,6 +1,51 @@
 """What a test run may leave out: with `--may-skip REASON`, a test that is skipped for any other reason fails."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
+
+from rlinf.runtime.interface import Runtime
+from rlinf.runtime.local import LocalRuntime
+
+LOOPBACK = "127.0.0.1"
+
+
+LOOPBACK = "127.0.0.1"
+
+
+@pytest.fixture(scope="session")
+def ray_machine() -> Iterator[Any]:
+    """The machine of a Ray cluster of one, with four GPUs that are not there."""
+    ray = pytest.importorskip("ray")
+    from rlinf.runtime.cluster import joined
+
+    quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+    ray.init("local", num_cpus=2, num_gpus=4, _node_ip_address="127.0.0.1", object_store_memory=300 << 20, **quiet)
+    with joined() as [machine]:
+        yield machine
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module", params=["local", "ray"])
+def make_runtime(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Runtime]]:
+    """The runtime of a module with so many processes; once for each backend."""
+    made: dict[int, Runtime] = {}
+
+    def make(processes: int) -> Runtime:
+        if processes not in made:
+            made[processes] = LocalRuntime() if request.param == "local" else start(processes)
+        return made[processes]
+
+    def start(processes: int) -> Runtime:
+        from rlinf.runtime.ray_backend import RayRuntime, Seat
+
+        machine = request.getfixturevalue("ray_machine")
+        return RayRuntime([Seat(f"process {i}", machine.node_id, LOOPBACK) for i in range(processes)])
+
+    yield make
+    for runtime in made.values():
+        runtime.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from rlinf.core.seeding import numpy_generator, torch_generator
 from rlinf.core.types import ActionOut, EnvSpaces, EnvStep, Trajectory
+from rlinf.launch.crew import Layout
 from rlinf.runners.crew import Crew
 from rlinf.runners.evaluate import Evaluator
 from rlinf.runtime.local import Channel, Flag, Group, Weights
@@ -335,6 +337,47 @@ def build_crew(
         stop=stop,
         weights=weights,
     )
+
+
+def build_crew_on(
+    runtime: Any,
+    layout: Layout,
+    envs: list[list[Callable[[], Any]]],
+    actor: Callable[[], Any],
+    algorithm: Callable[[], Any],
+    *,
+    timeout_s: float = 30.0,
+) -> Crew:
+    """As `build_crew`, on any runtime: everything is made where it works."""
+    sources = [(rank, stage) for rank, stages in enumerate(envs) for stage in range(len(stages))]
+    answered_by = {source: layout.rollout[layout.answerer(source)] for source in sources}
+    obs = runtime.channel("obs", answered_by)
+    actions = runtime.channel("actions", {source: layout.env[source[0]] for source in sources})
+    experience = runtime.channel("experience", dict(enumerate(layout.learner)), confirm=True)
+    weights, stop = runtime.weights("policy", layout.rollout), runtime.flag()
+    channels = (obs, actions, experience)
+
+    def env(rank: int) -> EnvWorker:
+        return EnvWorker(
+            rank, [make() for make in envs[rank]], obs, actions, experience, stop,
+            num_action_chunks=H, seed=rank, timeout_s=timeout_s,
+        )  # fmt: skip
+
+    def rollout(rank: int) -> RolloutWorker:
+        return RolloutWorker(
+            actor(), obs, actions, weights, sources=[source for source in sources if layout.answerer(source) == rank],
+            generator=torch_generator(rank, "rollout"), timeout_s=timeout_s,
+        )  # fmt: skip
+
+    def learner() -> LearnerWorker:
+        return LearnerWorker(algorithm(), experience, weights, stop)
+
+    def group(name: str, build: Any, hosts: tuple[int, ...]) -> Any:
+        builders = [partial(build, rank) for rank in range(len(hosts))] if name != "learner" else [build]
+        return runtime.group(name, builders, hosts, channels=channels, stop=stop)
+
+    crew = (group("env", env, layout.env), group("rollout", rollout, layout.rollout))
+    return Crew(*crew, group("learner", learner, layout.learner), stop, weights)
 
 
 def build_evaluator(envs: list[list[Any]], actor: Any, weights: Weights, **settings: Any) -> Evaluator:

@@ -1,11 +1,10 @@
-"""A configuration → environments, networks, algorithm, groups and a run.
+"""A configuration → environments, networks and algorithm.
 
 The only place that knows both configurations and classes: everything below gets values.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from rlinf.algorithms.ppo import PPO
 from rlinf.algorithms.sac import SAC
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core.errors import CheckpointError, ConfigError, DataError
-from rlinf.core.protocols import Mode, VectorEnv
+from rlinf.core.protocols import VectorEnv
 from rlinf.core.seeding import derive_seed, numpy_generator, torch_generator
 from rlinf.core.types import EnvSpaces
 from rlinf.data.columns import gigabytes
@@ -31,8 +30,7 @@ from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.functional.returns import fold_chunk
 from rlinf.launch.algorithm_config import DemoBufferConfig, OptimConfig, PpoConfig, SacConfig
 from rlinf.launch.config import Root, updates_per_step
-from rlinf.launch.film import CaptionedEnv
-from rlinf.launch.machine import cores_for_training_envs, num_learner_threads, num_simulator_processes
+from rlinf.launch.machine import num_simulator_processes
 from rlinf.launch.registry import ENVS, lookup
 from rlinf.models.embodiment.cnn_policy import CnnPolicy, CnnPolicyConfig, build_cnn_policy
 from rlinf.models.embodiment.flow_policy import FlowPolicy, FlowPolicyConfig, build_flow_policy
@@ -41,12 +39,6 @@ from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic, MlpActorCri
 from rlinf.models.embodiment.mlp_policy import MlpPolicy, build_mlp_policy
 from rlinf.models.embodiment.state_critic import StateCritic
 from rlinf.models.modules.running_norm import RunningNorm
-from rlinf.runners.crew import Crew
-from rlinf.runners.evaluate import Evaluator
-from rlinf.runtime.local import STOP_TIMEOUT_S, Channel, Flag, Group, Weights
-from rlinf.workers.env_worker import EnvWorker
-from rlinf.workers.learner_worker import LearnerWorker
-from rlinf.workers.rollout_worker import RolloutWorker
 
 Policy = FlowPolicy | MlpPolicy | CnnPolicy | MlpActorCritic
 
@@ -260,11 +252,11 @@ def build_sac(
     )
 
 
-def describe_replay(config: Root, crew: Crew) -> str | None:
+def describe_replay(config: Root, spaces: EnvSpaces) -> str | None:
     """One line that says how much memory the replay buffer will take; None where there is none."""
     if not isinstance(config.algorithm, SacConfig):
         return None
-    replay, spaces = config.algorithm.replay_buffer, crew.env.run(_spaces).wait()[0]
+    replay = config.algorithm.replay_buffer
     decision = 4 * spaces.action_dim * config.actor.model.num_action_chunks
     # Sentences are kept as ids.
     kinds = {path: "int32" if kind == "str" else kind for path, kind in spaces.obs_dtypes.items()}
@@ -321,163 +313,3 @@ def optimizer_settings(optim: OptimConfig, updates: int) -> OptimizerSettings:
         total_training_steps=optim.total_training_steps or updates,
         min_lr=optim.min_lr,
     )
-
-
-# ---- groups
-
-
-def build_crew(config: Root, device: torch.device) -> tuple[Crew, Networks]:
-    """Everyone who takes part in training, and the learner's networks."""
-    stop, weights = Flag(), Weights()
-    obs, actions, experience = Channel("obs"), Channel("actions"), Channel("experience")
-    channels = (obs, actions, experience)
-    train, stages = config.env.train, config.rollout.pipeline_stage_num
-    chunk = config.actor.model.num_action_chunks
-
-    def env_worker() -> EnvWorker:
-        seed = derive_seed(config.runner.seed, f"env/{train.seed}")
-        envs = _make_stages(config, train, seed, stages, render=False, cores=cores_for_training_envs(config))
-        return EnvWorker(
-            0,
-            envs,
-            obs,
-            actions,
-            experience,
-            stop,
-            num_action_chunks=chunk,
-            seed=seed,
-            auto_reset=train.auto_reset,
-        )
-
-    env = Group(config.env.group_name, [env_worker], channels=channels, stop=stop)
-    try:
-        spaces = env.run(_spaces).wait()[0]
-        networks = build_networks(config, spaces)
-        demo = config.algorithm.demo_buffer if isinstance(config.algorithm, SacConfig) else None
-        demos = build_demo_buffer(config, demo, spaces) if demo is not None else None
-        acting = copy.deepcopy(networks.actor)
-        algorithm = build_algorithm(config, networks, device, demos)
-
-        def rollout_worker() -> RolloutWorker:
-            return RolloutWorker(
-                acting.to(device),
-                obs,
-                actions,
-                weights,
-                sources=[(0, stage) for stage in range(stages)],
-                generator=torch_generator(config.runner.seed, "policy/0", device),
-                noise_correlation=config.rollout.noise_correlation,
-                device=device,
-            )
-
-        def learner_worker() -> LearnerWorker:
-            return LearnerWorker(algorithm, experience, weights, stop, num_threads=num_learner_threads(config))
-
-        rollout = Group(config.rollout.group_name, [rollout_worker], channels=channels, stop=stop)
-        learner = Group(config.actor.group_name, [learner_worker], channels=channels, stop=stop)
-    except BaseException:
-        close_envs(env)
-        raise
-    return Crew(env, rollout, learner, stop, weights), networks
-
-
-def build_evaluator(
-    config: Root,
-    weights: Weights,
-    device: torch.device,
-    actor: Policy | None = None,
-    stop: Flag | None = None,
-    *,
-    mode: Mode = "eval",
-) -> Evaluator:
-    """The environments of `env.eval` with a policy that acts with what is published on `weights`.
-
-    `actor` is copied; without one, networks are built for the environment. In `mode` train it explores.
-
-    Raises CheckpointError when what is already published does not fit them.
-    """
-    if config.env.eval is None:
-        raise ConfigError("there is no env.eval to evaluate in; add it to the configuration")
-    section, stop = config.env.eval, stop or Flag()
-    obs, actions, experience = Channel("eval obs"), Channel("eval actions"), Channel("eval experience")
-    channels = (obs, actions, experience)
-    filming = section.video_cfg.save_video
-    chunk = config.actor.model.num_action_chunks
-
-    def env_worker() -> EnvWorker:
-        envs = _make_stages(config, section, section.seed, 1, render=filming)
-        if filming and section.video_cfg.info_on_video:
-            envs = [CaptionedEnv(env) for env in envs]
-        return EnvWorker(
-            0, envs, obs, actions, experience, stop, num_action_chunks=chunk, seed=section.seed, auto_reset=True
-        )
-
-    env = Group(f"{config.env.group_name} for evaluation", [env_worker], channels=channels, stop=stop)
-    try:
-        spaces = env.run(_spaces).wait()[0]
-        acting = copy.deepcopy(actor) if actor is not None else build_networks(config, spaces).actor
-        check_spaces(config, spaces)
-        if (published := weights.newer_than(-1)) is not None:
-            load_weights_into(acting, published[1], "the checkpoint")
-
-        def rollout_worker() -> RolloutWorker:
-            return RolloutWorker(
-                acting.to(device),
-                obs,
-                actions,
-                weights,
-                sources=[(0, 0)],
-                generator=torch_generator(config.runner.seed, "policy/eval", device),
-                device=device,
-            )
-
-        name = f"{config.rollout.group_name} for evaluation"
-        rollout = Group(name, [rollout_worker], channels=channels, stop=stop)
-    except BaseException:
-        close_envs(env)
-        raise
-    return Evaluator(
-        env,
-        rollout,
-        weights,
-        episodes_per_env=section.rollout_epoch,
-        chunks=section.max_steps_per_rollout_epoch // chunk,
-        seed=section.seed,
-        same_episodes=section.use_fixed_reset_state_ids,
-        num_recorded=min(section.video_cfg.max_envs, section.total_num_envs) if filming else 0,
-        fps=section.video_cfg.fps,
-        mode=mode,
-    )
-
-
-def close_envs(env: Group[EnvWorker]) -> None:
-    """Close the environments of a run that did not come to start."""
-    env.run(EnvWorker.close).failures(STOP_TIMEOUT_S)
-    env.end()
-
-
-def _make_stages(
-    config: Root, env: EnvConfig, seed: int, stages: int, *, render: bool, cores: int | None = None
-) -> list[VectorEnv]:
-    made: list[VectorEnv] = []
-    try:
-        for stage in range(stages):
-            made.append(  # noqa: PERF401  what was made must be known when the next one fails
-                make_env(
-                    env,
-                    num_envs=env.total_num_envs // stages,
-                    seed=derive_seed(seed, f"stage/{stage}"),
-                    policy_setup=config.actor.model.policy_setup,
-                    render=render,
-                    cores=cores,
-                )
-            )
-    except BaseException:
-        for other in made:
-            other.close()
-        raise
-    return made
-
-
-def _spaces(worker: EnvWorker) -> EnvSpaces:
-    return worker.stages[0].spaces

@@ -12,30 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rlinf.core.errors import CheckpointError, ConfigError
 from rlinf.core.protocols import Mode
 from rlinf.launch.algorithm_config import SacConfig
-from rlinf.launch.build import (
-    Networks,
-    build_crew,
-    build_evaluator,
-    describe_replay,
-    load_weights_into,
-)
+from rlinf.launch.build import describe_replay
 from rlinf.launch.config import Root, updates_per_step
+from rlinf.launch.crew import Layout, build_crew, build_evaluator, spaces_of
 from rlinf.launch.machine import (
     cores_for_training_envs,
-    device_of,
-    keep_freed_memory,
     num_cores,
     num_learner_threads,
     num_simulator_processes,
-    set_matmul_precision,
+    prepare_process,
     simulates_on_cpu,
 )
 from rlinf.launch.parse import load_config
+from rlinf.launch.processes import open_runtime
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
 from rlinf.metrics.report import Reporter
@@ -44,14 +37,12 @@ from rlinf.runners.asynchronous import run_async
 from rlinf.runners.checkpoint import CheckpointStore, find, load_policy, load_run, verify
 from rlinf.runners.crew import Crew
 from rlinf.runners.crew import Reporter as AnyReporter
-from rlinf.runners.evaluate import Evaluator, run_eval
+from rlinf.runners.evaluate import run_eval
 from rlinf.runners.schedule import Schedule
 from rlinf.runners.synchronous import run_sync
-from rlinf.runtime.local import Weights
+from rlinf.runtime.interface import Runtime
+from rlinf.runtime.local import LocalRuntime, Weights
 from rlinf.workers.learner_worker import POLICY_FILE
-
-SWITCH_INTERVAL_S = 0.5e-3
-"""Python's own 5 ms cost an update of some milliseconds a tenth."""
 
 
 def train(config: Root) -> int:
@@ -60,11 +51,6 @@ def train(config: Root) -> int:
     Raises RlinfError with one line for whatever the user can mend; what was learned until then is saved.
     """
     run_dir = run_directory(config)
-    device = device_of(config)
-    set_matmul_precision(config, device)
-    keep_freed_memory()
-    # The learner's thread waits for up to one interval whenever another one holds the interpreter.
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     checkpoint = find(config.runner.resume_dir) if config.runner.resume_dir is not None else None
     resume_step = verify(checkpoint, only=POLICY_FILE).global_step if checkpoint is not None else 0
     _refuse_to_overwrite(run_dir, checkpoint)
@@ -83,29 +69,37 @@ def train(config: Root) -> int:
             resume_step=resume_step,
             video_dir=video_directory(config, run_dir),
         ) as reporter,
+        open_runtime(config, reporter.note) as (runtime, layout),
     ):
-        reporter.note(describe(config, device))
+        reporter.note(describe(config, layout))
         if config.runner.only_eval:
             path = config.runner.resume_dir or config.runner.ckpt_path or ""  # one is set: the schema checks it
-            evaluator = build_evaluator(config, _weights_of(path), device)
+            weights = publish_file(runtime.weights("evaluated", layout.rollout), path)
+            evaluator = build_evaluator(config, runtime, layout, weights)
             write_provenance(run_dir, resolved, seed=config.runner.seed)
             run_eval(evaluator, reporter, step=resume_step)
             return 0
         store = CheckpointStore(run_dir / "checkpoints", keep=config.runner.keep_checkpoints, config=resolved)
-        return _train(config, device, store, reporter, checkpoint)
+        return _train(config, runtime, layout, store, reporter, checkpoint)
 
 
 def _train(
-    config: Root, device: torch.device, store: CheckpointStore, reporter: Reporter, checkpoint: Path | None
+    config: Root,
+    runtime: Runtime,
+    layout: Layout,
+    store: CheckpointStore,
+    reporter: Reporter,
+    checkpoint: Path | None,
 ) -> int:
-    crew, networks = build_crew(config, device)
+    crew = build_crew(config, runtime, layout)
     with _closing_on_failure(crew, reporter):
-        if config.runner.ckpt_path is not None:
-            load_weights_into(networks.actor, load_policy(config.runner.ckpt_path)[1], config.runner.ckpt_path)
-        if (memory := describe_replay(config, crew)) is not None:
+        if (memory := describe_replay(config, spaces_of(crew.env))) is not None:
             reporter.note(memory)
         last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0
-        evaluator = _evaluator_of_run(config, device, crew, networks)
+        evaluator = None
+        if config.runner.val_check_interval > 0:
+            shared = None if config.runner.asynchronous else crew.weights
+            evaluator = build_evaluator(config, runtime, layout, shared, crew.stop)
         # Not before: a resumption that fails must leave the record of its run as it was.
         write_provenance(reporter.run_dir, store.config or {}, seed=config.runner.seed)
     run = run_async if config.runner.asynchronous else run_sync
@@ -133,7 +127,8 @@ def evaluate_run(
     run_dir = Path(run_dir)
     config = load_run_config(run_dir, overrides)
     path = find(config.runner.ckpt_path or run_dir)
-    evaluator = build_evaluator(config, _weights_of(path), device_of(config), mode=mode)
+    prepare_process(config)
+    evaluator = build_evaluator(config, LocalRuntime(), weights=publish_file(Weights(), path), mode=mode)
     reporter = reporter or _Aside(video_directory(config, run_dir))
     return run_eval(evaluator, reporter, step=verify(path, only=POLICY_FILE).global_step)
 
@@ -182,36 +177,28 @@ def _max_updates_per_env_step(config: Root) -> float | None:
     return None if limit is None else limit / per_insert
 
 
-def describe(config: Root, device: torch.device) -> str:
+def describe(config: Root, layout: Layout) -> str:
     """One line that says what this run does with the machine."""
     train, schedule = config.env.train, schedule_of(config)
     transitions = train.total_num_envs * schedule.chunks * schedule.segments
     threads = num_learner_threads(config)
     stages = config.rollout.pipeline_stage_num
     workers = stages * num_simulator_processes(train, train.total_num_envs // stages, cores_for_training_envs(config))
-    backend = "local" if config.cluster.backend == "auto" else config.cluster.backend
     stepping = f"stepped by {workers} processes" if simulates_on_cpu(train) else "in one batch"
     if config.runner.asynchronous:
         work = f"collects on and on while each global step makes {schedule.updates} updates"
     else:
         work = f"each global step collects {transitions} transitions and makes {schedule.updates} updates"
     return (
-        f"profile {config.profile} on {device}, {backend} backend, {num_cores()} cores: {threads} learner threads, "
+        f"profile {config.profile}, {layout.describe()}, {num_cores()} cores: {threads} learner threads, "
         f"{train.total_num_envs} {train.env_type} environments {stepping}; {work}"
     )
 
 
-def _weights_of(path: str | Path) -> Weights:
-    weights = Weights()
+def publish_file(weights: Weights, path: str | Path) -> Weights:
+    """Publish a checkpoint's policy. Returns `weights`."""
     weights.publish(*load_policy(path))
     return weights
-
-
-def _evaluator_of_run(config: Root, device: torch.device, crew: Crew, networks: Networks) -> Evaluator | None:
-    if config.runner.val_check_interval <= 0:
-        return None
-    weights = Weights() if config.runner.asynchronous else crew.weights
-    return build_evaluator(config, weights, device, networks.actor, crew.stop)
 
 
 def _resume(crew: Crew, checkpoint: Path, config: Root) -> int:

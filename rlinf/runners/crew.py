@@ -70,9 +70,9 @@ class Crew:
         serving = self.rollout.run(RolloutWorker.serve, "train")
         return Collection(self.env.run(EnvWorker.interact, chunks, segments), serving)
 
-    def publish(self) -> int:
-        """Publish the newest weights; their version."""
-        return self.learner.run(LearnerWorker.publish).wait()[0]
+    def publish(self, *, wait: bool = True) -> int:
+        """Publish the newest weights; their version. With `wait` they have arrived wherever a policy acts."""
+        return self.learner.run(LearnerWorker.publish, wait).wait()[0]
 
     def ingest(self) -> Progress:
         """Give the learner all experience that has arrived."""

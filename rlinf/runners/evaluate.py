@@ -77,16 +77,14 @@ class Evaluator:
 
     def pin(self, weights: Weights) -> None:
         """Evaluate from now on what is published on `weights` at this moment."""
-        if (newest := weights.newer_than(-1)) is not None:
-            self.weights.publish(*newest)
+        self.weights.take_over(weights)
 
     def start(self, step: int, *, film: bool = True) -> Evaluating:
         """Begin to evaluate the published weights, after global step `step`.
 
         Without `film` nothing is recorded, whatever `num_recorded` says.
         """
-        newest = self.weights.newer_than(-1)
-        version = newest[0] if newest is not None else -1
+        version = self.weights.version
         seed = self.seed if self.same_episodes else derive_seed(self.seed, f"step/{step}")
         serving = self.rollout.run(RolloutWorker.serve, self.mode)
         recorded = [self.num_recorded if film else 0] + [0] * (len(self.env) - 1)

@@ -20,11 +20,11 @@ import time
 import traceback
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for_futures
 from functools import partial
-from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class ChannelClosed(RlinfError):
 
     def __init__(self, name: str, cause: BaseException) -> None:
         super().__init__(f"channel '{name}' was closed: {cause}")
-        self.cause = cause
+        self.name, self.cause = name, cause
 
 
 class Flag:
@@ -115,6 +115,12 @@ class Channel:
                 self._cause = cause
             self._changed.notify_all()
 
+    def reopen(self) -> None:
+        """Make a closed channel work again, empty."""
+        with self._changed:
+            self._items.clear()
+            self._cause = None
+
 
 class Weights:
     """The newest published weights and their version. Readers take the newest or nothing."""
@@ -124,15 +130,41 @@ class Weights:
         self._version = -1
         self._state: dict[str, Tensor] = {}
 
-    def publish(self, version: int, state: dict[str, Tensor]) -> None:
-        """Make `state` what readers get. The caller must not write into it afterwards."""
+    @property
+    def version(self) -> int:
+        """Of what readers get now; -1 before the first publication."""
+        return self._version
+
+    def publish(self, version: int, state: dict[str, Tensor], *, wait: bool = True) -> None:
+        """Make `state` what readers get. The caller must not write into it afterwards.
+
+        Between processes it takes a while to arrive; without `wait` that goes on after the return.
+        """
         with self._lock:
             self._version, self._state = version, state
+
+    def take_over(self, source: Weights) -> int:
+        """Publish what is published on `source` at this moment. Returns its version, -1 for nothing."""
+        newest = source.newer_than(-1)
+        if newest is None:
+            return -1
+        self.publish(*newest)
+        return newest[0]
 
     def newer_than(self, version: int) -> tuple[int, dict[str, Tensor]] | None:
         """(version, state) if something newer than `version` is published, else None. Never waits."""
         with self._lock:
             return (self._version, self._state) if self._version > version else None
+
+
+class Answering(Protocol):
+    """Whoever a call was made to."""
+
+    name: str
+
+    def whereabouts(self) -> str:
+        """The line that it is at, for error messages."""
+        ...
 
 
 class _Replica:
@@ -168,11 +200,15 @@ class _Replica:
 
     def whereabouts(self) -> str:
         """The line that the thread is at, for error messages."""
+        return f"{self.name} ({self.where()})"
+
+    def where(self) -> str:
+        """That line alone."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         if frame is None:
-            return f"{self.name} (its thread has ended)"
+            return "its thread has ended"
         at = traceback.extract_stack(frame)[-1]
-        return f"{self.name} (at {at.filename}:{at.lineno}, in {at.name})"
+        return f"at {at.filename}:{at.lineno}, in {at.name}"
 
 
 _REPLICAS: weakref.WeakSet[_Replica] = weakref.WeakSet()
@@ -196,7 +232,7 @@ def leave(code: int) -> NoReturn:
 class Handle(Generic[R]):
     """A call running on every replica of a group."""
 
-    def __init__(self, what: str, calls: Sequence[tuple[_Replica, Future[R]]], stop: Flag | None) -> None:
+    def __init__(self, what: str, calls: Sequence[tuple[Answering, Future[R]]], stop: Flag | None) -> None:
         self._what, self._calls, self._stop = what, calls, stop
         self._started = self._ended = time.perf_counter()
         for _, future in calls:
@@ -351,3 +387,34 @@ class Group(Generic[W]):
         """Let the threads end after the calls that are queued. Does not wait."""
         for replica in self._replicas:
             replica.end()
+
+
+class LocalRuntime:
+    """Makes the names of this module for one process, as `ray_backend.RayRuntime` does for several."""
+
+    def flag(self) -> Flag:
+        """A switch."""
+        return Flag()
+
+    def channel(self, name: str, owners: Mapping[Any, int], *, confirm: bool = False) -> Channel:
+        """A channel; who takes out what makes no difference here."""
+        return Channel(name)
+
+    def weights(self, name: str, readers: Iterable[int]) -> Weights:
+        """Weights; who reads them makes no difference here."""
+        return Weights()
+
+    def group(
+        self,
+        name: str,
+        builders: Sequence[Callable[[], W]],
+        hosts: Sequence[int],
+        *,
+        channels: Iterable[Channel] = (),
+        stop: Flag | None = None,
+    ) -> Group[W]:
+        """Replicas with a thread each; the numbers of processes in `hosts` make no difference here."""
+        return Group(name, builders, channels=channels, stop=stop)
+
+    def close(self) -> None:
+        """Nothing: the threads end with their groups."""

@@ -92,7 +92,8 @@ class EnvWorker:
 
     Observations go out on `obs` and actions come back on `actions`, both under the key (rank, stage); None on
     `obs` says that this source asks no more for now. Trajectories go to `experience`, which evaluation does
-    not use. The order of everything that a source sends is fixed, so a run is a function of its seeds.
+    not use: those of stage i under the key `learners[i]`, the rank of the learner that they are for (None: all are
+    for the first). The order of everything that a source sends is fixed, so a run is a function of its seeds.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class EnvWorker:
         num_action_chunks: int,
         seed: int,
         auto_reset: bool = True,
+        learners: Sequence[int] | None = None,
         timeout_s: float = CHANNEL_TIMEOUT_S,
     ) -> None:
+        self._learners = list(learners) if learners is not None else [0] * len(stages)
         self.rank, self.stages = rank, list(stages)
         self.obs, self.actions, self.experience, self.stop = obs, actions, experience, stop
         self.num_action_chunks, self.seed = num_action_chunks, seed
@@ -160,8 +163,8 @@ class EnvWorker:
             if last:
                 break
         self._continues = True
-        for builder in self._builders:
-            self.experience.put(builder.build())
+        for builder, learner in zip(self._builders, self._learners, strict=True):
+            self.experience.put(builder.build(), key=learner)
 
     def evaluate(self, episodes_per_env: int, chunks: int, seed: int, num_recorded: int = 0) -> Evaluation:
         """Play exactly `episodes_per_env` episodes in every environment, each begun by a seeded reset.

@@ -38,14 +38,22 @@ class Progress:
 
 
 class LearnerWorker:
-    """Hosts one algorithm.
+    """Hosts one algorithm. Takes from `experience` what is for its `rank`.
 
     `num_threads` is the thread count of torch in the thread that builds and runs this worker.
     """
 
     def __init__(
-        self, algorithm: Algorithm, experience: Channel, weights: Weights, stop: Flag, *, num_threads: int = 1
+        self,
+        algorithm: Algorithm,
+        experience: Channel,
+        weights: Weights,
+        stop: Flag,
+        *,
+        rank: int = 0,
+        num_threads: int = 1,
     ) -> None:
+        self.rank = rank
         self.algorithm, self.experience, self.weights, self.stop = algorithm, experience, weights, stop
         self.progress = Progress()
         self._staleness: list[int] = []
@@ -53,7 +61,7 @@ class LearnerWorker:
 
     def ingest(self) -> Progress:
         """Give the algorithm every trajectory that waits, in an order that does not depend on timing."""
-        trajectories: list[Trajectory] = self.experience.drain()
+        trajectories: list[Trajectory] = self.experience.drain(key=self.rank)
         # Stable: segments of one source keep their order. Sources are told apart by rank and stage.
         trajectories.sort(key=lambda trajectory: trajectory.source)
         env_steps = self.progress.env_steps
@@ -109,8 +117,8 @@ class LearnerWorker:
             self._staleness = []
         return means
 
-    def publish(self) -> int:
-        """Publish the acting weights. Returns their version.
+    def publish(self, wait: bool = True) -> int:
+        """Publish the acting weights. Returns their version. Without `wait` they may still be on their way.
 
         Raises NonFiniteError, before anything is published, when they hold NaN or infinity.
         """
@@ -120,7 +128,7 @@ class LearnerWorker:
                 f"weights '{bad[0]}' of the policy are not finite after {self.progress.updates} updates; they "
                 "were not published. Resume from the last checkpoint with a smaller actor.optim.lr"
             )
-        self.weights.publish(version, state)
+        self.weights.publish(version, state, wait=wait)
         return version
 
     def save(self, directory: Path) -> Progress:

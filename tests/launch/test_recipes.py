@@ -17,10 +17,12 @@ from rlinf.data.columns import gigabytes
 from rlinf.data.demos import DemoMeta, write_demos
 from rlinf.data.replay import ReplayBuffer
 from rlinf.launch.algorithm_config import SacConfig
-from rlinf.launch.build import build_crew, build_evaluator, describe_replay
+from rlinf.launch.build import describe_replay
 from rlinf.launch.config import Root
+from rlinf.launch.crew import build_crew, build_evaluator, spaces_of
 from rlinf.launch.parse import key_paths, load_config, models_in
 from rlinf.runners.crew import Crew
+from rlinf.runtime.local import LocalRuntime
 from rlinf.workers.learner_worker import LearnerWorker
 from tests.launch.conftest import CONFIG_DIR
 
@@ -70,9 +72,10 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
     if has_demos:
         overrides.append(f"algorithm.demo_buffer.load_path={record(tmp_path)}")
     root = load(name, f"profile={profile}", *overrides)
-    crew, networks = build_crew(root, torch.device("cpu"))
+    runtime, device = LocalRuntime(), torch.device("cpu")
+    crew = build_crew(root, runtime, device=device)
     try:
-        evaluator = build_evaluator(root, crew.weights, torch.device("cpu"), networks.actor, crew.stop)
+        evaluator = build_evaluator(root, runtime, weights=crew.weights, stop=crew.stop, device=device)
         assert evaluator.close() == []
         metrics = learn(crew)
     finally:
@@ -93,9 +96,9 @@ def test_the_memory_told_at_the_start_is_what_a_row_takes(name: str) -> None:
         "algorithm.replay_buffer.capacity=3000",
     ]
     root = load(name, *overrides)
-    crew, _ = build_crew(root, torch.device("cpu"))
+    crew = build_crew(root, LocalRuntime())
     try:
-        told = describe_replay(root, crew)
+        told = describe_replay(root, spaces_of(crew.env))
         crew.publish()
         crew.collect(chunks=2, segments=1).wait()
         crew.ingest()

@@ -1,0 +1,325 @@
+"""A configuration and a layout → the groups of a run.
+
+Each worker is built where it works, from the configuration alone: what is built there is a function of the seeds and of
+the worker's rank, not of where it sits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from rlinf.core.errors import ConfigError
+from rlinf.core.protocols import Mode, VectorEnv
+from rlinf.core.seeding import derive_seed, torch_generator
+from rlinf.core.types import EnvSpaces
+from rlinf.envs.config import EnvConfig
+from rlinf.launch.algorithm_config import SacConfig
+from rlinf.launch.build import (
+    Policy,
+    build_algorithm,
+    build_demo_buffer,
+    build_networks,
+    check_spaces,
+    load_weights_into,
+    make_env,
+)
+from rlinf.launch.config import Root
+from rlinf.launch.film import CaptionedEnv
+from rlinf.launch.machine import cores_for_training_envs, device_of, num_learner_threads
+from rlinf.runners.checkpoint import load_policy
+from rlinf.runners.crew import Crew
+from rlinf.runners.evaluate import Evaluator
+from rlinf.runtime.interface import Runtime
+from rlinf.runtime.local import STOP_TIMEOUT_S, Channel, Flag, Group, Weights
+from rlinf.workers.env_worker import EnvWorker, Source
+from rlinf.workers.learner_worker import LearnerWorker
+from rlinf.workers.rollout_worker import RolloutWorker
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who sits in which process, and who talks to whom.
+
+    Attributes:
+        env, rollout, learner: number of the process of each rank of the role.
+        answered_by: (env rank, stage) → rank of the policy that answers it.
+        learned_by: (env rank, stage) → rank of the learner that gets its experience.
+    """
+
+    env: tuple[int, ...] = (0,)
+    rollout: tuple[int, ...] = (0,)
+    learner: tuple[int, ...] = (0,)
+    answered_by: dict[Source, int] | None = None
+    learned_by: dict[Source, int] | None = None
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the run."""
+        return len({*self.env, *self.rollout, *self.learner})
+
+    def describe(self) -> str:
+        """In a few words."""
+        if self.num_processes == 1:
+            return "local backend"
+        counts = f"{len(self.env)} env, {len(self.rollout)} rollout, {len(self.learner)} actor"
+        return f"ray backend with {self.num_processes} processes ({counts})"
+
+    def answerer(self, source: Source) -> int:
+        """Rank of the policy that answers `source`; of 0 where nothing is said."""
+        return self.answered_by[source] if self.answered_by is not None else 0
+
+    def learner_of(self, source: Source) -> int:
+        """Rank of the learner that gets what `source` has played; of 0 where nothing is said."""
+        return self.learned_by[source] if self.learned_by is not None else 0
+
+
+def build_crew(
+    config: Root, runtime: Runtime, layout: Layout | None = None, *, device: torch.device | None = None
+) -> Crew:
+    """Everyone who takes part in training; networks on `device`, or on that which the configuration asks for."""
+    layout = layout or Layout()
+    stages = config.rollout.pipeline_stage_num
+    sources = [(rank, stage) for rank in range(len(layout.env)) for stage in range(stages)]
+    stop, weights = runtime.flag(), runtime.weights("policy", layout.rollout)
+    obs, actions = _talk(runtime, layout, sources, "")
+    experience = runtime.channel("experience", dict(enumerate(layout.learner)), confirm=True)
+    channels = (obs, actions, experience)
+    envs = [
+        partial(_env_worker, config, rank, len(layout.env), obs, actions, experience, stop,
+                learners=[layout.learner_of((rank, stage)) for stage in range(stages)])
+        for rank in range(len(layout.env))
+    ]  # fmt: skip
+    env = runtime.group(config.env.group_name, envs, layout.env, channels=channels, stop=stop)
+    try:
+        spaces = spaces_of(env)
+        rollouts = [
+            partial(_rollout_worker, config, spaces, obs, actions, weights, device, name=str(rank),
+                    sources=[source for source in sources if layout.answerer(source) == rank],
+                    noise_correlation=config.rollout.noise_correlation)
+            for rank in range(len(layout.rollout))
+        ]  # fmt: skip
+        learners = [
+            partial(_learner_worker, config, spaces, experience, weights, stop, device, rank=rank)
+            for rank in range(len(layout.learner))
+        ]
+        # The learner first: what is wrong with its checkpoint or demonstrations should be said first.
+        learner = runtime.group(config.actor.group_name, learners, layout.learner, channels=channels, stop=stop)
+        rollout = runtime.group(config.rollout.group_name, rollouts, layout.rollout, channels=channels, stop=stop)
+    except BaseException:
+        close_envs(env)
+        raise
+    return Crew(env, rollout, learner, stop, weights)
+
+
+def build_evaluator(
+    config: Root,
+    runtime: Runtime,
+    layout: Layout | None = None,
+    weights: Weights | None = None,
+    stop: Flag | None = None,
+    *,
+    mode: Mode = "eval",
+    device: torch.device | None = None,
+) -> Evaluator:
+    """The environments of `env.eval` with policies that act with what is published on `weights`.
+
+    Without `weights` there are new ones, on which nothing is published yet. In `mode` train the policy explores.
+
+    Raises CheckpointError when what is already published does not fit the networks.
+    """
+    if config.env.eval is None:
+        raise ConfigError("there is no env.eval to evaluate in; add it to the configuration")
+    layout, section, stop = layout or Layout(), config.env.eval, stop or runtime.flag()
+    weights = weights or runtime.weights("evaluated", layout.rollout)
+    sources = [(rank, 0) for rank in range(len(layout.env))]
+    obs, actions = _talk(runtime, layout, sources, "eval ")
+    experience = runtime.channel("eval experience", {})  # nothing is learned from evaluation
+    channels = (obs, actions, experience)
+    envs = [
+        partial(_eval_worker, config, rank, len(layout.env), obs, actions, experience, stop)
+        for rank in range(len(layout.env))
+    ]
+    name = f"{config.env.group_name} for evaluation"
+    env = runtime.group(name, envs, layout.env, channels=channels, stop=stop)
+    try:
+        spaces = spaces_of(env)
+        check_spaces(config, spaces)
+        rollouts = [
+            partial(_rollout_worker, config, spaces, obs, actions, weights, device, name="eval",
+                    sources=[source for source in sources if layout.answerer(source) == rank])
+            for rank in range(len(layout.rollout))
+        ]  # fmt: skip
+        name = f"{config.rollout.group_name} for evaluation"
+        rollout = runtime.group(name, rollouts, layout.rollout, channels=channels, stop=stop)
+    except BaseException:
+        close_envs(env)
+        raise
+    filming = section.video_cfg.save_video
+    envs_per_worker = section.total_num_envs // len(layout.env)
+    return Evaluator(
+        env,
+        rollout,
+        weights,
+        episodes_per_env=section.rollout_epoch,
+        chunks=section.max_steps_per_rollout_epoch // config.actor.model.num_action_chunks,
+        seed=section.seed,
+        same_episodes=section.use_fixed_reset_state_ids,
+        num_recorded=min(section.video_cfg.max_envs, envs_per_worker) if filming else 0,
+        fps=section.video_cfg.fps,
+        mode=mode,
+    )
+
+
+def spaces_of(env: Group[EnvWorker]) -> EnvSpaces:
+    """What the environments of a group emit and take."""
+    return env.run(_spaces_of_worker).wait()[0]
+
+
+def close_envs(env: Group[EnvWorker]) -> None:
+    """Close the environments of a run that did not come to start."""
+    env.run(EnvWorker.close).failures(STOP_TIMEOUT_S)
+    env.end()
+
+
+def _talk(runtime: Runtime, layout: Layout, sources: Sequence[Source], prefix: str) -> tuple[Channel, Channel]:
+    """The channels between environments and policies: observations and actions."""
+    obs = {source: layout.rollout[layout.answerer(source)] for source in sources}
+    actions = {source: layout.env[source[0]] for source in sources}
+    return runtime.channel(f"{prefix}obs", obs), runtime.channel(f"{prefix}actions", actions)
+
+
+# ---- builders: called in the process of the worker
+
+
+def _env_worker(
+    config: Root,
+    rank: int,
+    ranks: int,
+    obs: Channel,
+    actions: Channel,
+    experience: Channel,
+    stop: Flag,
+    *,
+    learners: Sequence[int],
+) -> EnvWorker:
+    train = config.env.train
+    seed = _seed_of_rank(derive_seed(config.runner.seed, f"env/{train.seed}"), rank)
+    cores = cores_for_training_envs(config)
+    envs = _make_stages(config, train, ranks, seed, config.rollout.pipeline_stage_num, render=False, cores=cores)
+    return EnvWorker(
+        rank,
+        envs,
+        obs,
+        actions,
+        experience,
+        stop,
+        num_action_chunks=config.actor.model.num_action_chunks,
+        seed=seed,
+        auto_reset=train.auto_reset,
+        learners=learners,
+    )
+
+
+def _eval_worker(
+    config: Root, rank: int, ranks: int, obs: Channel, actions: Channel, experience: Channel, stop: Flag
+) -> EnvWorker:
+    section = config.env.eval
+    assert section is not None
+    filming, seed = section.video_cfg.save_video, _seed_of_rank(section.seed, rank)
+    envs = _make_stages(config, section, ranks, seed, 1, render=filming)
+    if filming and section.video_cfg.info_on_video:
+        envs = [CaptionedEnv(env) for env in envs]
+    return EnvWorker(
+        rank,
+        envs,
+        obs,
+        actions,
+        experience,
+        stop,
+        num_action_chunks=config.actor.model.num_action_chunks,
+        seed=section.seed,
+        auto_reset=True,
+    )
+
+
+def _rollout_worker(
+    config: Root,
+    spaces: EnvSpaces,
+    obs: Channel,
+    actions: Channel,
+    weights: Weights,
+    device: torch.device | None,
+    *,
+    name: str,
+    sources: Sequence[Source],
+    noise_correlation: float = 0.0,
+) -> RolloutWorker:
+    device = device or device_of(config)
+    acting: Policy = build_networks(config, spaces).actor
+    if (published := weights.newer_than(-1)) is not None:
+        load_weights_into(acting, published[1], "the checkpoint")
+    return RolloutWorker(
+        acting.to(device),
+        obs,
+        actions,
+        weights,
+        sources=sources,
+        generator=torch_generator(config.runner.seed, f"policy/{name}", device),
+        noise_correlation=noise_correlation,
+        device=device,
+    )
+
+
+def _learner_worker(
+    config: Root,
+    spaces: EnvSpaces,
+    experience: Channel,
+    weights: Weights,
+    stop: Flag,
+    device: torch.device | None,
+    *,
+    rank: int,
+) -> LearnerWorker:
+    networks = build_networks(config, spaces)
+    if config.runner.ckpt_path is not None:
+        load_weights_into(networks.actor, load_policy(config.runner.ckpt_path)[1], config.runner.ckpt_path)
+    demo = config.algorithm.demo_buffer if isinstance(config.algorithm, SacConfig) else None
+    demos = build_demo_buffer(config, demo, spaces) if demo is not None else None
+    algorithm = build_algorithm(config, networks, device or device_of(config), demos)
+    return LearnerWorker(algorithm, experience, weights, stop, rank=rank, num_threads=num_learner_threads(config))
+
+
+def _seed_of_rank(seed: int, rank: int) -> int:
+    """The seed itself for the first worker, so that one worker is what it was without ranks."""
+    return seed if rank == 0 else derive_seed(seed, f"rank/{rank}")
+
+
+def _make_stages(
+    config: Root, env: EnvConfig, ranks: int, seed: int, stages: int, *, render: bool, cores: int | None = None
+) -> list[VectorEnv]:
+    made: list[VectorEnv] = []
+    try:
+        for stage in range(stages):
+            made.append(  # noqa: PERF401  what was made must be known when the next one fails
+                make_env(
+                    env,
+                    num_envs=env.total_num_envs // (ranks * stages),
+                    seed=derive_seed(seed, f"stage/{stage}"),
+                    policy_setup=config.actor.model.policy_setup,
+                    render=render,
+                    cores=cores,
+                )
+            )
+    except BaseException:
+        for other in made:
+            other.close()
+        raise
+    return made
+
+
+def _spaces_of_worker(worker: EnvWorker) -> EnvSpaces:
+    return worker.stages[0].spaces

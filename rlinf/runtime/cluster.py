@@ -1,0 +1,133 @@
+"""Joining the machines of a run through Ray."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlinf.core.errors import MissingDependency, WorkerDied
+
+JOIN_TIMEOUT_S = 600.0
+NOTE_EVERY_S = 15.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that Ray runs on.
+
+    Attributes:
+        node_id, name: as Ray calls it; the name is that given to `ray start --node-name`, or its address.
+        ip: address at which other machines of the run reach it.
+        num_cpus, num_gpus: that Ray may use.
+        resources: named ones beside these, robots for instance, with their number.
+        labels: given to `ray start --labels`.
+    """
+
+    node_id: str
+    name: str
+    ip: str
+    num_cpus: int
+    num_gpus: int
+    resources: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def joined(
+    num_nodes: int = 1,
+    *,
+    address: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    timeout_s: float = JOIN_TIMEOUT_S,
+) -> Iterator[list[Machine]]:
+    """The machines of a Ray cluster, the one that Ray's head is on first. Leaves the cluster at the end.
+
+    Without an address: the cluster that runs on this machine, or for one node a new one that ends with the context
+    and listens on this machine alone.
+
+    Args:
+        note: gets a line now and then while machines are missing.
+
+    Raises MissingDependency where Ray is not installed, WorkerDied when there is no cluster or a machine does not come.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependency(
+            "several processes need Ray: pip install 'rlinf[ray]', or bash requirements/install.sh embodied --ray"
+        ) from error
+    ours = not ray.is_initialized()
+    if ours:
+        _initialise(address or os.environ.get("RAY_ADDRESS"), num_nodes)
+    try:
+        yield _gather(num_nodes, note, timeout_s)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _initialise(address: str | None, num_nodes: int) -> None:
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is None and num_nodes == 1 and not _runs_here():
+        ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        return
+    try:
+        ray.init(address or "auto", **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise WorkerDied(
+            f"no Ray cluster answers {where} ({str(error).splitlines()[0]}); start it with: "
+            "bash examples/embodiment/ray_up.sh head, and on every other machine: "
+            "bash examples/embodiment/ray_up.sh worker HEAD_ADDRESS"
+        ) from error
+
+
+def _runs_here() -> bool:
+    """Whether a cluster was started on this machine."""
+    from ray._private.services import find_gcs_addresses
+
+    return bool(find_gcs_addresses())
+
+
+def _gather(num_nodes: int, note: Callable[[str], None], timeout_s: float) -> list[Machine]:
+    began = noted = time.monotonic()
+    while len(machines := alive()) < num_nodes:
+        now = time.monotonic()
+        here = ", ".join(machine.name for machine in machines) or "none"
+        waiting = f"{len(machines)} of {num_nodes} machines are there ({here})"
+        if now - began > timeout_s:
+            raise WorkerDied(
+                f"{waiting} after {timeout_s:g} s; start the others with: "
+                "bash examples/embodiment/ray_up.sh worker HEAD_ADDRESS, or lower cluster.num_nodes"
+            )
+        if now - noted > NOTE_EVERY_S:
+            note(f"waiting for machines: {waiting}")
+            noted = now
+        time.sleep(0.2)
+    return machines
+
+
+def alive() -> list[Machine]:
+    """The machines that take part now, the head first, the others by name."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    machines = [_machine(node) for node in nodes]
+    heads = {node["NodeID"] for node in nodes if "node:__internal_head__" in node["Resources"]}
+    return sorted(machines, key=lambda machine: (machine.node_id not in heads, machine.name, machine.node_id))
+
+
+def _machine(node: dict[str, Any]) -> Machine:
+    resources = dict(node["Resources"])
+    counts = {name: int(resources.pop(name, 0)) for name in ("CPU", "GPU")}
+    own = {name: number for name, number in resources.items() if not name.startswith(("node:", "memory", "object_"))}
+    ip = node["NodeManagerAddress"]
+    name = node.get("NodeName") or ip
+    return Machine(node["NodeID"], name, ip, counts["CPU"], counts["GPU"], own, dict(node.get("Labels") or {}))

@@ -1,0 +1,45 @@
+"""What a runtime makes. `local.LocalRuntime` does it within one process, `ray_backend.RayRuntime` over many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from rlinf.runtime.local import Channel, Flag, Group, Weights
+
+W = TypeVar("W")
+
+
+class Runtime(Protocol):
+    """Groups of workers and what connects them. Processes are numbers; what they mean is the plan's affair."""
+
+    def flag(self) -> Flag:
+        """A switch that all workers see."""
+        ...
+
+    def channel(self, name: str, owners: Mapping[Any, int], *, confirm: bool = False) -> Channel:
+        """A channel whose items of key k are taken out in process `owners[k]`.
+
+        With `confirm`, whoever is told by the sender that something was put will find it there.
+        """
+        ...
+
+    def weights(self, name: str, readers: Iterable[int]) -> Weights:
+        """Weights that are read in the given processes."""
+        ...
+
+    def group(
+        self,
+        name: str,
+        builders: Sequence[Callable[[], W]],
+        hosts: Sequence[int],
+        *,
+        channels: Iterable[Channel] = (),
+        stop: Flag | None = None,
+    ) -> Group[W]:
+        """Replica i, built by `builders[i]`, in process `hosts[i]`; builders can be pickled."""
+        ...
+
+    def close(self) -> None:
+        """End everything."""
+        ...

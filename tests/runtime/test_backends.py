@@ -1,0 +1,284 @@
+"""What every runtime does alike: calls, channels, weights, flags and failures."""
+
+import itertools
+import os
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from rlinf.core.errors import RlinfError, WorkerDied
+from rlinf.core.types import ActionOut
+
+NUMBERS = itertools.count()
+
+
+class Worker:
+    """Takes part in everything."""
+
+    def __init__(self, rank, channel, weights, stop):
+        self.rank, self.channel, self.weights, self.stop = rank, channel, weights, stop
+        self.calls = []
+
+    def note(self, value):
+        time.sleep(0.005)
+        self.calls.append(value)
+        return self.rank, list(self.calls)
+
+    def one(self, argument):
+        return argument + self.rank
+
+    def send(self, to, item):
+        self.channel.put(item, key=to)
+
+    def receive(self):
+        return self.channel.get(key=self.rank, timeout_s=20)
+
+    def wait_for_what_never_comes(self):
+        return self.channel.get(key=self.rank, timeout_s=0.2)
+
+    def drained(self):
+        return self.channel.drain(key=self.rank)
+
+    def echo(self, number):
+        for _ in range(number):
+            self.channel.put(self.channel.get(key=self.rank, timeout_s=20), key=1 - self.rank)
+
+    def ask(self, number, item):
+        for _ in range(number):
+            self.channel.put(item, key=1 - self.rank)
+            answer = self.channel.get(key=self.rank, timeout_s=20)
+        return answer
+
+    def write_into(self):
+        item = self.receive()
+        item.action.add_(1)
+        return item.action.sum().item()
+
+    def publish(self, version, value):
+        state = {
+            "a": torch.full((3, 2), value),
+            "b": torch.full((2,), value).bfloat16(),
+            "n": torch.tensor(7),
+        }
+        self.weights.publish(version, state)
+
+    def newest(self, than):
+        return self.weights.newer_than(than)
+
+    def stopped(self):
+        return self.stop.is_set(), self.stop.reason
+
+    def fail(self, rank):
+        if self.rank == rank:
+            raise UnluckyError("in the middle", 13)
+        return self.receive()
+
+    def hang(self):
+        time.sleep(20)
+
+
+class UnluckyError(RlinfError):
+    """An error that pickle cannot make again from its text."""
+
+    def __init__(self, text, number):
+        super().__init__(f"{text} of {number}")
+
+
+class Team:
+    """Two workers, in two processes where there are processes."""
+
+    def __init__(self, runtime, confirm=False):
+        self.runtime = runtime
+        self.channel = runtime.channel(f"words {next(NUMBERS)}", {0: 0, 1: 1}, confirm=confirm)
+        self.weights, self.stop = runtime.weights(f"w {next(NUMBERS)}", [1]), runtime.flag()
+        builders = [partial(Worker, rank, self.channel, self.weights, self.stop) for rank in range(2)]
+        self.group = runtime.group("worker", builders, [0, 1], channels=[self.channel], stop=self.stop)
+
+
+@pytest.fixture
+def team(make_runtime):
+    """Each test has a team of its own, all on one runtime: processes take a while to start."""
+    return Team(make_runtime(2))
+
+
+def test_calls_run_on_all_in_order(team):
+    handles = [team.group.run(Worker.note, i) for i in range(8)]
+    assert handles[-1].wait(20) == [(rank, list(range(8))) for rank in range(2)]
+    assert handles[0].wait(20) == [(0, [0]), (1, [0])]
+    assert handles[0].done and handles[-1].seconds >= handles[0].seconds > 0
+    assert team.group.run_each(Worker.one, [10, 20]).wait(20) == [10, 21]
+    assert len(team.group) == 2
+
+
+def test_items_arrive_in_order_at_the_one_they_are_for(team):
+    for i in range(5):
+        team.group.run_each(lambda worker, item: worker.send(1 - worker.rank, item), [(i, "to 1"), (i, "to 0")])
+    received = [team.group.run(Worker.receive).wait(20) for _ in range(5)]
+    assert received == [[(i, "to 0"), (i, "to 1")] for i in range(5)]
+
+
+@pytest.mark.parametrize("rows", [1, 50_000])
+def test_records_arrive_as_they_were_sent(team, rows):
+    sent = ActionOut(
+        torch.randn(rows, 2, 3), torch.arange(rows * 2).view(2, rows).T, torch.randn(rows).bfloat16(), version=3
+    )
+    nothing = replace(sent, action=torch.zeros(0, 2, 3), log_prob=None)
+    for item in (sent, nothing):
+        team.group.run_each(lambda worker, item: worker.send(1, item) if item else None, [item, None]).wait(20)
+        _, got = team.group.run_each(lambda worker, mine: worker.receive() if mine else None, [False, True]).wait(20)
+        assert torch.equal(got.action, item.action) and torch.equal(got.decision, item.decision)
+        assert got.version == 3 and got.action.dtype == torch.float32
+        if item is sent:
+            assert torch.equal(got.log_prob, sent.log_prob) and got.log_prob.dtype == torch.bfloat16
+
+
+def test_what_was_confirmed_is_there(make_runtime):
+    team = Team(make_runtime(2), confirm=True)
+    for _ in range(20):
+        team.group.run_each(lambda worker, n: [worker.send(1, i) for i in range(n)], [3, 0]).wait(20)
+        assert team.group.run(Worker.drained).wait(20) == [[], [0, 1, 2]]
+
+
+def test_weights_reach_readers_by_version_and_stay_as_published(team):
+    assert team.group.run(Worker.newest, -1).wait(20)[1] is None
+    team.group.run_each(lambda worker, mine: worker.publish(4, 1.5) if mine else None, [True, False]).wait(20)
+    _, (version, state) = team.group.run(Worker.newest, 3).wait(20)
+    assert version == team.weights.version == 4
+    assert torch.equal(state["a"], torch.full((3, 2), 1.5)) and state["b"].dtype == torch.bfloat16
+    assert state["n"].shape == () and state["n"] == 7
+    assert team.group.run(Worker.newest, 4).wait(20)[1] is None
+    other = team.runtime.weights(f"other {next(NUMBERS)}", [1])
+    assert other.version == -1
+    assert other.take_over(team.weights) == 4 == other.version
+    team.weights.publish(9, {"a": torch.ones(1)})
+    assert team.group.run(Worker.newest, 4).wait(20)[1][0] == 9
+    assert other.version == 4, "it keeps what it took over"
+
+
+def test_a_flag_is_seen_by_all_with_its_first_reason(team):
+    assert team.group.run(Worker.stopped).wait(20) == [(False, "")] * 2
+    team.stop.set("because")
+    team.stop.set("too late")
+    until = time.monotonic() + 10
+    while (seen := team.group.run(Worker.stopped).wait(20)) != [(True, "because")] * 2:
+        assert time.monotonic() < until, seen
+
+
+def test_a_failure_reaches_the_caller_with_its_traceback_and_wakes_who_waits_for_it(team):
+    began = time.monotonic()
+    handle = team.group.run(Worker.fail, 1)
+    with pytest.raises(RlinfError, match="in the middle of 13") as caught:
+        handle.wait(20)
+    assert time.monotonic() - began < 5
+    text = "".join([str(caught.getrepr()), *getattr(caught.value, "__notes__", [])])
+    assert "raise UnluckyError" in text
+    assert any("closed: in the middle of 13" in line for line in handle.failures(10)), handle.failures(10)
+
+
+def test_what_does_not_come_is_missed(team):
+    with pytest.raises(WorkerDied, match=r"nothing arrived on channel 'words \d+' for [01] within 0\.2 s"):
+        team.group.run(Worker.wait_for_what_never_comes).wait(20)
+
+
+def test_who_hangs_is_named_with_the_line(team):
+    handle = team.group.run(Worker.hang)
+    time.sleep(0.2)
+    with pytest.raises(
+        WorkerDied, match=r"worker.hang: no answer within 0\.1 s from worker\[0\] \(at .*test_backends.py"
+    ):
+        handle.wait(0.1)
+
+
+def test_an_error_while_building_is_the_builders_own(make_runtime):
+    def build():
+        raise UnluckyError("building", 1)
+
+    with pytest.raises(RlinfError, match="building of 1"):
+        make_runtime(1).group("broken", [build], [0])
+
+
+# ---- of processes alone
+
+
+@pytest.fixture(scope="module")
+def pair_of_processes(ray_machine):
+    yield from start_pair(ray_machine)
+
+
+@pytest.fixture
+def pair(pair_of_processes):
+    return Team(pair_of_processes)
+
+
+@pytest.fixture
+def doomed(ray_machine):
+    """A pair of processes of the test's own."""
+    for runtime in start_pair(ray_machine):
+        yield Team(runtime)
+
+
+def start_pair(ray_machine):
+    from rlinf.runtime.ray_backend import RayRuntime, Seat
+
+    seats = [Seat(f"process {i}", ray_machine.node_id, "127.0.0.1", {"WHO": f"number {i}"}) for i in range(2)]
+    runtime = RayRuntime(seats)
+    yield runtime
+    runtime.close()
+
+
+def test_a_process_has_its_own_environment(pair):
+    assert pair.group.run(lambda worker: os.environ["WHO"]).wait(20) == ["number 0", "number 1"]
+    own, other = pair.group.run(lambda worker: os.getpid()).wait(20)
+    assert len({own, other, os.getpid()}) == 3
+
+
+def test_what_arrived_may_be_written_into(pair):
+    item = ActionOut(torch.zeros(20_000, 1, 1), torch.zeros(1, 1))
+    pair.group.run_each(lambda worker, give: worker.send(1, item) if give else None, [True, False]).wait(20)
+    assert pair.group.run_each(lambda worker, take: worker.write_into() if take else None, [False, True]).wait(20) == [
+        None, 20_000.0
+    ]  # fmt: skip
+
+
+def test_a_killed_process_is_named_at_once(doomed):
+    from rlinf.runtime.ray_backend import HostDied
+
+    pid, _ = doomed.group.run(lambda worker: os.getpid()).wait(20)
+    handle = doomed.group.run(Worker.receive)
+    time.sleep(0.2)
+    os.kill(pid, 9)
+    began = time.monotonic()
+    with pytest.raises(HostDied, match=rf"worker\[0\] is gone: the process 'process 0' \(process {pid} on .*\) ended"):
+        handle.wait(20)
+    assert time.monotonic() - began < 5
+    assert len(handle.failures(10)) == 2, "who waited for it was woken"
+
+
+def test_strangers_are_not_listened_to(pair):
+    import socket
+    from multiprocessing.connection import Connection
+
+    (host, port), _, _ = pair.runtime._introductions[1]
+    assert host == "127.0.0.1"
+    called = socket.create_connection((host, port), 5)
+    called.settimeout(None)
+    stranger = Connection(called.detach())
+    assert stranger.recv_bytes().startswith(b"#CHALLENGE#")
+    stranger.send_bytes(b"let me in")
+    assert stranger.recv_bytes() == b"#FAILURE#"
+    with pytest.raises((EOFError, ConnectionError)):
+        stranger.recv_bytes()
+    assert pair.group.run_each(Worker.one, [1, 1]).wait(20) == [1, 2], "the process goes on"
+
+
+def test_messages_between_processes_are_quick(pair):
+    state = {"state": torch.randn(16, 42)}
+    jobs = [(Worker.ask, 300, state), (Worker.echo, 300)]
+    echo = pair.group.run_each(lambda worker, job: job[0](worker, *job[1:]), jobs)
+    began = time.perf_counter()
+    echo.wait(60)
+    # A generous bound that only an accidental wait (Nagle's 40 ms) breaks; figures are in benchmarks/.
+    assert time.perf_counter() - began < 300 * 0.02
