@@ -24,7 +24,8 @@ from rlinf.launch.build import (
     describe_replay,
     load_weights_into,
 )
-from rlinf.launch.config import Root, updates_per_step
+from rlinf.launch.cluster_config import node_groups_of, reason_for_ray, resolve_backend
+from rlinf.launch.config import Root, check_plan, updates_per_step
 from rlinf.launch.machine import (
     cores_for_training_envs,
     device_of,
@@ -34,6 +35,7 @@ from rlinf.launch.machine import (
     num_simulator_processes,
     set_matmul_precision,
     simulates_on_cpu,
+    this_node,
 )
 from rlinf.launch.parse import load_config
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
@@ -48,6 +50,7 @@ from rlinf.runners.evaluate import Evaluator, run_eval
 from rlinf.runners.schedule import Schedule
 from rlinf.runners.synchronous import run_sync
 from rlinf.runtime.local import Weights
+from rlinf.runtime.placement import make_plan
 from rlinf.workers.learner_worker import POLICY_FILE
 
 SWITCH_INTERVAL_S = 0.5e-3
@@ -60,6 +63,7 @@ def train(config: Root) -> int:
     Raises RlinfError with one line for whatever the user can mend; what was learned until then is saved.
     """
     run_dir = run_directory(config)
+    _require_local_backend(config)
     device = device_of(config)
     set_matmul_precision(config, device)
     keep_freed_memory()
@@ -189,16 +193,32 @@ def describe(config: Root, device: torch.device) -> str:
     threads = num_learner_threads(config)
     stages = config.rollout.pipeline_stage_num
     workers = stages * num_simulator_processes(train, train.total_num_envs // stages, cores_for_training_envs(config))
-    backend = "local" if config.cluster.backend == "auto" else config.cluster.backend
     stepping = f"stepped by {workers} processes" if simulates_on_cpu(train) else "in one batch"
     if config.runner.asynchronous:
         work = f"collects on and on while each global step makes {schedule.updates} updates"
     else:
         work = f"each global step collects {transitions} transitions and makes {schedule.updates} updates"
     return (
-        f"profile {config.profile} on {device}, {backend} backend, {num_cores()} cores: {threads} learner threads, "
+        f"profile {config.profile} on {device}, local backend, {num_cores()} cores: {threads} learner threads, "
         f"{train.total_num_envs} {train.env_type} environments {stepping}; {work}"
     )
+
+
+def _require_local_backend(config: Root) -> None:
+    """Raise ConfigError when the placement needs processes on several devices or machines: only threads run here."""
+    cluster = config.cluster
+    if cluster.num_nodes > 1:
+        reason: str | None = f"cluster.num_nodes is {cluster.num_nodes}"
+    else:
+        plan = make_plan(cluster.component_placement, [this_node(config)], node_groups_of(cluster))
+        check_plan(config, plan)
+        backend = resolve_backend(cluster, plan)
+        reason = (reason_for_ray(cluster, plan) or "cluster.backend asks for it") if backend == "ray" else None
+    if reason is not None:
+        raise ConfigError(
+            f"this run needs the ray backend ({reason}), which this version does not have; write "
+            "cluster.component_placement='actor,env,rollout: 0', cluster.num_nodes=1 and cluster.backend=auto"
+        )
 
 
 def _weights_of(path: str | Path) -> Weights:
