@@ -6,26 +6,28 @@ Checks between sections are in `cross_field_problems`: each says which keys disa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlinf.core.config import Config
+from rlinf.core.errors import ConfigError
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.envs.reach import ReachConfig
 from rlinf.launch.algorithm_config import AnyAlgorithm, OptimConfig, PpoConfig, SacConfig
+from rlinf.launch.cluster_config import ClusterConfig, cluster_problems
 from rlinf.models.embodiment.cnn_policy import CnnPolicyConfig
 from rlinf.models.embodiment.flow_policy import FlowPolicyConfig
 from rlinf.models.embodiment.mlp_actor_critic import MlpActorCriticConfig
 from rlinf.models.embodiment.mlp_policy import MlpPolicyConfig
 from rlinf.models.embodiment.state_policy import QPolicyConfig
-
-ROLES = ("actor", "env", "rollout")
-"""The parts of a run that `cluster.component_placement` may place."""
+from rlinf.runtime.placement import Plan
+from rlinf.runtime.placement_text import KEY as PLACEMENT
+from rlinf.runtime.routes import check_sources
 
 AnyEnv = Annotated[ManiSkillConfig | FrankaSimConfig | ReachConfig, Field(discriminator="env_type")]
 AnyModel = Annotated[
@@ -103,20 +105,6 @@ class RunnerConfig(Config):
     def total_steps(self) -> int:
         """Global steps of the run."""
         return self.max_epochs if self.max_steps < 0 else min(self.max_epochs, self.max_steps)
-
-
-class ClusterConfig(Config):
-    """Machines and devices."""
-
-    num_nodes: PositiveInt = Field(1, description="Machines of the run. This version runs on one.")
-    component_placement: dict[str, int | str] | str = Field(
-        "actor,env,rollout: 0",
-        description="Role → devices. This version runs all roles in one process on one device: `actor,env,rollout: 0`, "
-        "or `all` in place of 0.",
-    )
-    backend: Literal["auto", "local"] = Field(
-        "auto", description="How the roles are run. local: threads of one process; auto: what the placement needs."
-    )
 
 
 # ---- roles
@@ -200,8 +188,10 @@ class Root(Config):
 
 def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
     """(key, message) for every disagreement between sections that are valid by themselves."""
-    yield from _placement_problems(root.cluster)
-    yield from _batch_problems(root)
+    problems, counts = cluster_problems(root.cluster)
+    yield from problems
+    yield from share_problems(root, counts)
+    yield from _sac_problems(root) if isinstance(root.algorithm, SacConfig) else _ppo_problems(root)
     yield from _env_problems("env.train", root.env.train, root)
     if root.env.eval is not None:
         yield from _env_problems("env.eval", root.env.eval, root)
@@ -229,47 +219,74 @@ def _off(key: str) -> str:
     return "False" if key.endswith("only_eval") else "-1"
 
 
-def _placement_problems(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
-    if cluster.num_nodes != 1:
+def share_problems(root: Root, counts: Mapping[str, int | None]) -> Iterator[tuple[str, str]]:
+    """(key, message) for what cannot be shared among so many processes of each role; None: not known yet."""
+    learners, stages = counts.get("actor") or 1, root.rollout.pipeline_stage_num
+    yield from _batch_problems(root.actor.global_batch_size, root.actor.micro_batch_size, learners)
+    yield from _env_share_problems("env.train", root.env.train, counts.get("env") or 1, stages)
+    if root.env.eval is not None:
+        yield from _env_share_problems("env.eval", root.env.eval, counts.get("env") or 1, 1)
+    if (num_env := counts.get("env")) is not None:
+        try:
+            check_sources(num_env, counts.get("rollout") or 1, stages)
+        except ConfigError as problem:
+            yield PLACEMENT, str(problem)
+    if learners > root.env.train.total_num_envs:
         yield (
-            "cluster.num_nodes",
-            f"cluster.num_nodes = {cluster.num_nodes}: this version runs on one machine; write 1",
+            PLACEMENT,
+            f"{PLACEMENT} gives actor {learners} processes, but there are only {root.env.train.total_num_envs} "
+            "environments to learn from; raise env.train.total_num_envs or give actor fewer",
         )
-    key = "cluster.component_placement"
-    placed: dict[str, str] = {}
-    for roles, devices in placement(cluster).items():
-        for role in (part.strip() for part in roles.split(",")):
-            if role not in ROLES:
-                yield key, f"{key}: {role!r} is no role; the roles are {', '.join(ROLES)}"
-            elif role in placed:
-                yield key, f"{key} places {role} twice ({placed[role]} and {devices}); keep one"
-            placed[role] = devices
-    if any(devices not in ("0", "all") for devices in placed.values()):
-        shown = "; ".join(f"{roles}: {devices}" for roles, devices in placement(cluster).items())
+
+
+def check_plan(root: Root, plan: Plan) -> None:
+    """Raise ConfigError, with a line for each problem, when batches or environments do not fit the plan's processes."""
+    problems = list(share_problems(root, {role: plan.world_size(role) for role in plan.processes}))
+    if problems:
+        raise ConfigError("\n".join(message for _, message in problems))
+
+
+def _batch_problems(whole: int, part: int, learners: int) -> Iterator[tuple[str, str]]:
+    if whole % (part * learners) == 0:
+        return
+    key = "actor.micro_batch_size"
+    if learners == 1:
         yield (
             key,
-            f"{key} = {shown}: this version runs all roles in one process on one device; write actor,env,rollout: 0",
-        )
-
-
-def placement(cluster: ClusterConfig) -> dict[str, str]:
-    """`component_placement` as roles → devices, whether it was written as a mapping or as one string."""
-    given = cluster.component_placement
-    if isinstance(given, dict):
-        return {roles: str(devices).strip() for roles, devices in given.items()}
-    pairs = (part.partition(":") for part in given.split(";") if part.strip())
-    return {roles.strip(): devices.strip() for roles, _, devices in pairs}
-
-
-def _batch_problems(root: Root) -> Iterator[tuple[str, str]]:
-    whole, part = root.actor.global_batch_size, root.actor.micro_batch_size
-    if whole % part:
-        yield (
-            "actor.micro_batch_size",
             f"actor.global_batch_size ({whole}) is not a multiple of actor.micro_batch_size ({part}); "
             f"{_nearby_divisors(whole, part)}",
         )
-    yield from _sac_problems(root) if isinstance(root.algorithm, SacConfig) else _ppo_problems(root)
+    elif whole % learners:
+        yield (
+            "actor.global_batch_size",
+            f"actor.global_batch_size ({whole}) cannot be shared evenly by the {learners} processes of actor; write "
+            f"{_nearby_multiples(whole, learners)}",
+        )
+    else:
+        yield (
+            key,
+            f"actor.global_batch_size ({whole}) is not a multiple of actor.micro_batch_size ({part}) x the {learners} "
+            f"processes of actor; {_nearby_divisors(whole // learners, part)}",
+        )
+
+
+def _env_share_problems(section: str, env: EnvConfig, processes: int, stages: int) -> Iterator[tuple[str, str]]:
+    total, parts = env.total_num_envs, processes * stages
+    factors = [f"the {processes} processes of env"] * (processes > 1)
+    factors += [f"rollout.pipeline_stage_num ({stages})"] * (stages > 1)
+    if total % parts:
+        yield (
+            f"{section}.total_num_envs",
+            f"{section}.total_num_envs ({total}) is not a multiple of {' x '.join(factors)}; write "
+            f"{_nearby_multiples(total, parts)}",
+        )
+    elif isinstance(env.num_workers, int) and env.num_workers > 0 and total // parts % env.num_workers:
+        shown = "".join(f" / {factor}" for factor in factors)
+        yield (
+            f"{section}.num_workers",
+            f"{section}.total_num_envs ({total}){shown} is not a multiple of {section}.num_workers "
+            f"({env.num_workers}); {_nearby_divisors(total // parts, env.num_workers)}",
+        )
 
 
 def _sac_problems(root: Root) -> Iterator[tuple[str, str]]:
@@ -374,21 +391,6 @@ def _env_problems(section: str, env: EnvConfig, root: Root) -> Iterator[tuple[st
             f"env.eval.max_steps_per_rollout_epoch ({env.max_steps_per_rollout_epoch}) is less than "
             f"env.eval.max_episode_steps ({env.max_episode_steps}): no episode would come to its end; raise it",
         )
-    stages = root.rollout.pipeline_stage_num if section == "env.train" else 1
-    if env.total_num_envs % stages:
-        yield (
-            f"{section}.total_num_envs",
-            f"{section}.total_num_envs ({env.total_num_envs}) is not a multiple of rollout.pipeline_stage_num "
-            f"({stages}); write {max(env.total_num_envs // stages, 1) * stages} or "
-            f"{(env.total_num_envs // stages + 1) * stages}",
-        )
-    elif isinstance(env.num_workers, int) and env.num_workers > 0 and env.total_num_envs // stages % env.num_workers:
-        per_stage = f" / rollout.pipeline_stage_num ({stages})" if stages > 1 else ""
-        yield (
-            f"{section}.num_workers",
-            f"{section}.total_num_envs ({env.total_num_envs}){per_stage} is not a multiple of {section}.num_workers "
-            f"({env.num_workers}); {_nearby_divisors(env.total_num_envs // stages, env.num_workers)}",
-        )
     if isinstance(env, ManiSkillConfig):
         try:
             control_mode(env.init_params, root.actor.model.policy_setup)
@@ -402,3 +404,8 @@ def _nearby_divisors(whole: int, part: int) -> str:
     below = max(number for number in divisors if number <= part)
     above = [number for number in divisors if number > part]
     return f"write {below}" + (f" or {above[0]}" if above else "")
+
+
+def _nearby_multiples(whole: int, part: int) -> str:
+    """The multiples of `part` around `whole`, as advice."""
+    return " or ".join(str(number) for number in (whole // part * part, (whole // part + 1) * part) if number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 
 import torch
@@ -13,6 +14,7 @@ from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
 from rlinf.launch.config import Root
+from rlinf.runtime.placement import Node
 
 SWITCH_INTERVAL_S = 0.5e-3
 """Python's own 5 ms cost an update of some milliseconds a tenth."""
@@ -29,6 +31,12 @@ def device_of(config: Root) -> torch.device:
             "profile=gpu, but torch sees no CUDA device; write profile=cpu, or look at `python -m rlinf doctor`"
         )
     return torch.device("cuda")
+
+
+def this_node(config: Root) -> Node:
+    """This machine as the first node of a run, with the accelerators that torch sees; none for the CPU profile."""
+    accelerators = torch.cuda.device_count() if config.profile == "gpu" else 0
+    return Node(0, platform.node(), "127.0.0.1", accelerators, num_cores())
 
 
 def set_matmul_precision(config: Root, device: torch.device) -> None:

@@ -350,7 +350,7 @@ def suggest(path: str, tree: dict[str, Any]) -> str | None:
 
 
 def key_paths(model: type[BaseModel], tree: Any = None, prefix: str = "") -> Iterator[str]:
-    """Every dotted key below `model`; `tree` narrows unions to the member that it chooses."""
+    """Every dotted key below `model`; `tree` narrows unions to the member that it chooses and says what lists hold."""
     for name, field in model.model_fields.items():
         yield prefix + name
         child = tree.get(name) if isinstance(tree, dict) else None
@@ -358,7 +358,11 @@ def key_paths(model: type[BaseModel], tree: Any = None, prefix: str = "") -> Ite
         if isinstance(child, dict) and len(members) > 1:
             members = [member for member in members if _is_chosen(member, child)] or members
         for member in members:
-            yield from key_paths(member, child, f"{prefix}{name}.")
+            if typing.get_origin(field.annotation) is tuple:
+                for position, item in enumerate(child if isinstance(child, list) else []):
+                    yield from key_paths(member, item, f"{prefix}{name}.{position}.")
+            else:
+                yield from key_paths(member, child, f"{prefix}{name}.")
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:

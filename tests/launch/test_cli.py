@@ -119,6 +119,112 @@ def test_eval_of_what_is_not_there(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'none'} is not a run directory\n"
 
 
+# --- placement ------------------------------------------------------------------------------------------------------
+
+HYBRID = ["cluster.num_nodes=2", "cluster.component_placement={env: 0-7, rollout: 8-15, actor: 0-15}"]
+HYBRID += ["rollout.pipeline_stage_num=2", "actor.micro_batch_size=16"]
+
+TOLD = [
+    "role rank node devices share of each host process",
+    "env 0-7 0 0-7 16 environments in 2 stages 0-7",
+    "rollout 0-7 1 0-7 16 environments 8-15",
+    "actor 0-7 0 0-7 16 of 256 samples 16-23",
+    "actor 8-15 1 0-7 16 of 256 samples 24-31",
+    "env 0 1 2 3 4 5 6 7",
+    "actor 0 1 2 3 4 5 6 7",
+    "rollout 0 1 2 3 4 5 6 7",
+    "actor 8 9 10 11 12 13 14 15",
+    "env 0-7 0 rollout 0-7 network actor 0-7",
+    "env 0-7 1 rollout 0-7 network actor 8-15",
+    "Weights: actor 0 to rollout 0-7, each global step.",
+    "Gradients: averaged over actor 0-15, each update.",
+    "Backend: ray (cluster.num_nodes is 2) on a running cluster, else one of its own.",
+    "Restarts: at most 3 of each process of env and rollout.",
+]
+
+
+def printed(capsys, *arguments):
+    assert main(["placement", "frankasim_ppo_mlp", *arguments]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert all(len(line) <= 80 for line in lines)
+    return [" ".join(line.strip("│ ").split()) for line in lines]
+
+
+@pytest.mark.parametrize("arguments", [["--gpus-per-node", "8", *HYBRID], [*HYBRID, "--gpus-per-node", "8"]])
+def test_placement_tells_who_sits_where_and_talks_to_whom(capsys, arguments):
+    lines = printed(capsys, *arguments)
+    assert lines[0] == "frankasim_ppo_mlp on 2 nodes with 8 accelerators each"
+    assert lines[1] == "assumed: --gpus-per-node 8"
+    assert [line for line in lines if line in TOLD] == TOLD
+
+
+def test_placement_on_this_machine_says_so(capsys):
+    lines = printed(capsys, "profile=cpu")
+    assert lines[:2] == [
+        "frankasim_ppo_mlp on 1 node with no accelerator",
+        "assumed: every node is like this machine with profile cpu",
+    ]
+    assert "env 0 0 rollout 0 own memory actor 0" in lines
+    assert "Backend: local, threads of one process." in lines
+
+
+@pytest.mark.parametrize(
+    ("placement", "told"),
+    [
+        ("{env: 0-3:0-7, rollout: 4-7, actor: 4-7:0-1}", "env 0-7 0 0-3, 2 on each 16 environments 0-7"),
+        ("{env: 0-3:0-7, rollout: 4-7, actor: 4-7:0-1}", "actor 0-1 0 4-7, 2 for each 128 of 256 samples 12-13"),
+        ("{env: 0-3:0-7, rollout: 4-7, actor: 4-7:0-1}", "env 0-1 2-3 4-5 6-7 · · · ·"),
+        ("{env: 0-3:0-7, rollout: 4-7, actor: 4-7:0-1}", "env 4-5 0 rollout 2 same node actor 1"),
+        ("'env: 0-1; rollout: 1,0; actor: 0'", "env 0 0 rollout 1 own memory actor 0"),
+        ("'env: 0-1; rollout: 2-3; actor: 1,0'", "env 1 0 rollout 1 same node actor 0"),
+        ("{env: 0-3, rollout: 0-3, actor: 0-7}", "env 0-3 0 rollout 0-3 own memory actor 0-7 (2 for each)"),
+    ],
+)
+def test_placement_of_shared_devices(capsys, placement, told):
+    arguments = [f"cluster.component_placement={placement}", "actor.micro_batch_size=1", "--gpus-per-node", "8"]
+    assert told in printed(capsys, *arguments)
+
+
+def test_placement_names_robots(capsys):
+    robot = "{type: Franka, configs: [{robot_ip: 172.16.0.2, node_rank: 1}]}"
+    lines = printed(
+        capsys,
+        "cluster.num_nodes=2",
+        f"cluster.node_groups=[{{label: arm, node_ranks: 1, hardware: {robot}}}]",
+        "cluster.component_placement={env: {node_group: arm, placement: 0}}",
+        "--gpus-per-node=1",
+    )
+    assert "env 0 1 172.16.0.2 128 environments 0" in lines
+    assert "device 0 172.16.0.2" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["cluster.component_placement='env: 8-15; rollout,actor: 0'"],
+            "error: cluster.component_placement: env: 8-15 needs accelerator 15, but the 1 node has 8; stay below 8 or "
+            "raise cluster.num_nodes\n",
+        ),
+        (
+            ["cluster.component_placement='actor,env,rollout: all'"],
+            "error: actor.global_batch_size (256) is not a multiple of actor.micro_batch_size (256) x the 8 processes "
+            "of actor; write 32\n",
+        ),
+    ],
+)
+def test_placement_says_in_one_line_what_is_wrong(capsys, arguments, message):
+    assert main(["placement", "frankasim_ppo_mlp", "--gpus-per-node", "8", *arguments]) == 2
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("arguments", [["--gpus-per-node", "-1"], ["--gpus-per-node", "many"], ["--gpu=8"]])
+def test_placement_refuses_what_is_no_option(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["placement", "frankasim_ppo_mlp", *arguments])
+    assert ended.value.code == 2
+
+
 # --- doctor ---------------------------------------------------------------------------------------------------------
 
 

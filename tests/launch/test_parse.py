@@ -7,8 +7,10 @@ import pytest
 
 from rlinf.core.errors import ConfigError
 from rlinf.launch.algorithm_config import PpoConfig
-from rlinf.launch.config import Root, updates_per_step
+from rlinf.launch.cluster_config import ClusterConfig, node_groups_of, resolve_backend
+from rlinf.launch.config import Root, check_plan, updates_per_step
 from rlinf.launch.parse import load_config
+from rlinf.runtime.placement import Node, NodeGroup, make_plan
 
 RECIPE = """\
     # A recipe for these tests.
@@ -490,23 +492,76 @@ def test_a_key_that_is_written_twice_is_an_error(folder: Path) -> None:
             "   [command line: runner.ckpt_path=b]",
         ),
         (
-            ["cluster.num_nodes=2"],
-            "cluster.num_nodes = 2: this version runs on one machine; write 1   [command line: cluster.num_nodes=2]",
+            ["cluster.backend=local", "cluster.num_nodes=2"],
+            "cluster.backend: local runs one process of each role on one machine and accelerator 0, but "
+            "cluster.num_nodes is 2; write ray or auto   [command line: cluster.backend=local]",
+        ),
+        (
+            ["cluster.backend=local", "cluster.component_placement='env: 0-1; actor,rollout: 0'"],
+            "cluster.backend: local runs one process of each role on one machine and accelerator 0, but env has 2 "
+            "processes; write ray or auto   [command line: cluster.backend=local]",
         ),
         (
             ["cluster.component_placement={env: 0-3, actor: 4}"],
-            "cluster.component_placement = env: 0-3; actor: 4: this version runs all roles in one process on one "
-            "device; write actor,env,rollout: 0   [command line: cluster.component_placement={env: 0-3, actor: 4}]",
+            "cluster.component_placement leaves out rollout; add for example rollout: 0"
+            "   [command line: cluster.component_placement={env: 0-3, actor: 4}]",
         ),
         (
             ["cluster.component_placement='env,rolout: 0'"],
-            "cluster.component_placement: 'rolout' is no role; the roles are actor, env, rollout"
+            "cluster.component_placement: 'rolout' is no role; did you mean rollout?"
             "   [command line: cluster.component_placement='env,rolout: 0']",
         ),
         (
-            ["cluster.component_placement='env,actor: 0; env: all'"],
+            ["cluster.component_placement='env,actor: 0; env,rollout: all'"],
             "cluster.component_placement places env twice (0 and all); keep one"
-            "   [command line: cluster.component_placement='env,actor: 0; env: all']",
+            "   [command line: cluster.component_placement='env,actor: 0; env,rollout: all']",
+        ),
+        (
+            ["cluster.component_placement='env: 0-2; actor,rollout: 0'"],
+            "env.train.total_num_envs (4) is not a multiple of the 3 processes of env; write 3 or 6"
+            "   [env/reach.yaml:3]",
+        ),
+        (
+            ["cluster.component_placement='env: 0-1; actor,rollout: 0'", "rollout.pipeline_stage_num=4"],
+            "env.train.total_num_envs (4) is not a multiple of the 2 processes of env x rollout.pipeline_stage_num "
+            "(4); write 8   [env/reach.yaml:3]",
+        ),
+        (
+            ["cluster.component_placement='env: 0-1; actor,rollout: 0'", "env.train.num_workers=4"],
+            "env.train.total_num_envs (4) / the 2 processes of env is not a multiple of env.train.num_workers (4); "
+            "write 2   [command line: env.train.num_workers=4]",
+        ),
+        (
+            ["cluster.component_placement='env,rollout: 0; actor: 0-2'"],
+            "actor.global_batch_size (256) cannot be shared evenly by the 3 processes of actor; write 255 or 258",
+        ),
+        (
+            ["cluster.component_placement='env,rollout: 0; actor: 0-3'"],
+            "actor.global_batch_size (256) is not a multiple of actor.micro_batch_size (256) x the 4 processes of "
+            "actor; write 64",
+        ),
+        (
+            ["cluster.component_placement='env,rollout: 0; actor: 0-7'", "actor.micro_batch_size=32"],
+            "cluster.component_placement gives actor 8 processes, but there are only 4 environments to learn from; "
+            "raise env.train.total_num_envs or give actor fewer"
+            "   [command line: cluster.component_placement='env,rollout: 0; actor: 0-7']",
+        ),
+        (
+            ["cluster.component_placement='env,actor: 0; rollout: 0-2'", "rollout.pipeline_stage_num=2"],
+            "cluster.component_placement gives rollout 3 processes, but env has 2 to ask them (processes of env: 1, "
+            "rollout.pipeline_stage_num: 2); write rollout.pipeline_stage_num: 3 or give rollout at most 2"
+            "   [command line: cluster.component_placement='env,actor: 0; rollout: 0-2']",
+        ),
+        (
+            ["cluster.node_groups=[{label: arm, node_ranks: 1}]"],
+            "cluster.node_groups: arm needs node 1, but the run has 1 node (0); correct node_ranks or raise "
+            "cluster.num_nodes   [command line: cluster.node_groups=[{label: arm, node_ranks: 1}]]",
+        ),
+        (
+            ["cluster.component_placement={env: {node_group: arm, placement: 0}, actor: 0, rollout: 0}"],
+            "cluster.component_placement: env: no node group is called 'arm'; there are: cluster, node"
+            "   [command line: cluster.component_placement={env: {node_group: arm, placement: 0}, actor: 0, "
+            "rollout: 0}]",
         ),
     ],
 )
@@ -526,8 +581,153 @@ def test_a_learned_temperature_cannot_start_at_zero(folder: Path) -> None:
 
 
 def test_roles_may_be_placed_together_as_a_mapping_or_as_text(folder: Path) -> None:
-    for value in ("{env: 0, rollout: all}", "'env:0;rollout,actor:all'", "'actor,env,rollout: 0'"):
-        assert load(folder, f"cluster.component_placement={value}").cluster.num_nodes == 1
+    for value in ("{env: 0, rollout: all, actor: 0}", "'env:0;rollout,actor:all'", "'actor,env,rollout: 0'"):
+        cluster = load(folder, f"cluster.component_placement={value}").cluster
+        plan = make_plan(cluster.component_placement, [Node(0)], node_groups_of(cluster))
+        assert all(plan.world_size(role) == 1 for role in ("actor", "env", "rollout"))
+        assert resolve_backend(cluster, plan) == "local"
+
+
+# ---- several machines
+
+CLUSTER = """\
+    defaults: [demo, _self_]
+    cluster:
+      num_nodes: 3
+      component_placement:
+        actor,rollout: {node_group: 4090, placement: all}
+        env:
+          node_group: franka
+          placement: 0-1
+      node_groups:
+        - label: 4090
+          node_ranks: 0
+          env_configs:
+            - node_ranks: 0
+              python_interpreter_path: /opt/venv/bin/python
+              env_vars:
+                - IFACE: eth0
+                - LEVEL: 2
+        - label: franka
+          node_ranks: 1-2
+          env_configs:
+            - {node_ranks: [1, 2], env_vars: {IFACE: eno1}}
+          hardware:
+            type: Franka
+            configs:
+              - {robot_ip: 172.16.0.2, node_rank: 1}
+              - {robot_ip: 172.16.0.3, node_rank: 2}
+    """
+
+
+def test_machines_and_robots_are_written_as_groups_of_nodes(folder: Path) -> None:
+    write(folder, "robots.yaml", CLUSTER)
+    root = load(folder, name="robots")
+    assert node_groups_of(root.cluster) == (
+        NodeGroup("4090", (0,), {0: {"IFACE": "eth0", "LEVEL": "2"}}, {0: "/opt/venv/bin/python"}),
+        NodeGroup(
+            "franka",
+            (1, 2),
+            {1: {"IFACE": "eno1"}, 2: {"IFACE": "eno1"}},
+            hardware=(("Franka", 1, "172.16.0.2"), ("Franka", 2, "172.16.0.3")),
+        ),
+    )
+    [first, second] = node_groups_of(root.cluster)
+    assert (first.env_vars, first.python_interpreter) == (
+        {0: {"IFACE": "eth0", "LEVEL": "2"}},
+        {0: "/opt/venv/bin/python"},
+    )
+    assert second.env_vars == {1: {"IFACE": "eno1"}, 2: {"IFACE": "eno1"}}
+    assert Root.model_validate(root.model_dump(mode="json")) == root
+    nodes = [Node(0, num_accelerators=1), Node(1), Node(2)]
+    plan = make_plan(root.cluster.component_placement, nodes, node_groups_of(root.cluster))
+    assert [(process.node_rank, process.hardware) for process in plan.processes["env"]] == [
+        (1, "172.16.0.2"),
+        (2, "172.16.0.3"),
+    ]
+    assert plan.processes["actor"][0].python == "/opt/venv/bin/python"
+    assert resolve_backend(root.cluster, plan) == "ray"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "text"),
+    [
+        ("node_ranks: 1-2", "node_ranks: 2-1", "cluster.node_groups.1.node_ranks = '2-1': node ranks: 2-1 runs "
+         "backwards; write 1-2   [robots.yaml:19]"),
+        ("node_ranks: 1-2", "node_ranks: []", "cluster.node_groups.1.node_ranks = []: node ranks: no rank is named; "
+         "write for example 0, 0-3 or 0-3,5   [robots.yaml:19]"),
+        ("robot_ip", "robot_pi", "cluster.node_groups.1.hardware.configs.0.robot_pi: unknown key; did you mean "
+         "cluster.node_groups.1.hardware.configs.0.robot_ip?   [robots.yaml:25]"),
+        ("LEVEL: 2", "LEVEL: true", "cluster.node_groups.0.env_configs.0.env_vars = [{'IFACE': 'eth0'}, {'LEVEL': "
+         "True}]: LEVEL should be text or a number; put it in quotes   [robots.yaml:15]"),
+        ("type: Franka", "type: franka", "cluster.node_groups.1.hardware.type = 'franka': did you mean Franka? choose "
+         "Franka   [robots.yaml:23]"),
+        ("label: franka", "label: node", "cluster.node_groups: node is a reserved label; choose another"
+         "   [robots.yaml:9]"),
+        ("placement: 0-1", "placement: 0-2", "cluster.component_placement: env: 0-2 needs robot 2, but node group "
+         "franka has 2; stay below 2 or add robots to its hardware.configs   [robots.yaml:4]"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_groups_of_nodes(folder: Path, wrong: str, right: str, text: str) -> None:
+    write(folder, "robots.yaml", CLUSTER.replace(wrong, right, 1))
+    assert f"  {text}" in problems(folder, name="robots")
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "placement", "backend", "expected"),
+    [
+        (0, "actor,env,rollout: all", "auto", "local"),
+        (1, "actor,env,rollout: all", "auto", "local"),
+        (1, "actor,env,rollout: 0", "local", "local"),
+        (1, "actor,env,rollout: 0", "ray", "ray"),
+        (2, "actor,env,rollout: 0", "auto", "local"),
+        (2, "actor,env,rollout: all", "auto", "ray"),
+        (2, "actor,env: 0; rollout: 1", "auto", "ray"),
+        (2, "actor,env,rollout: 1", "auto", "ray"),
+        (0, "actor,rollout: 0; env: 0:0-1", "auto", "ray"),
+    ],
+)
+def test_ray_is_for_what_one_process_cannot_do(accelerators: int, placement: str, backend: str, expected: str) -> None:
+    cluster = ClusterConfig(component_placement=placement, backend=backend)  # type: ignore[arg-type]
+    plan = make_plan(placement, [Node(0, num_accelerators=accelerators)])
+    assert resolve_backend(cluster, plan) == expected
+
+
+def test_several_nodes_or_an_environment_of_its_own_need_ray() -> None:
+    placement = "actor,env,rollout: 0"
+    assert resolve_backend(ClusterConfig(num_nodes=2), make_plan(placement, [Node(0), Node(1)])) == "ray"
+    group = NodeGroup("a", (0,), {0: {"A": "1"}})
+    plan = make_plan({"actor,env,rollout": {"node_group": "a", "placement": 0}}, [Node(0)], [group])
+    assert resolve_backend(ClusterConfig(), plan) == "ray"
+
+
+@pytest.mark.parametrize(
+    ("placement", "reason"),
+    [
+        ("actor,env,rollout: all", "actor has 2 processes"),
+        ("actor,env: 0; rollout: 1", "the roles are on accelerators 0, 1"),
+        ("actor,env,rollout: 1", "the roles are on accelerator 1"),
+    ],
+)
+def test_what_the_local_backend_does_not_do_is_an_error_once_the_nodes_are_known(placement: str, reason: str) -> None:
+    cluster = ClusterConfig(component_placement=placement, backend="local")
+    with pytest.raises(ConfigError) as caught:
+        resolve_backend(cluster, make_plan(placement, [Node(0, num_accelerators=2)]))
+    assert str(caught.value) == (
+        "cluster.backend: local runs one process of each role on one machine and accelerator 0, but "
+        f"{reason}; write ray or auto"
+    )
+
+
+def test_batches_are_shared_by_the_processes_that_the_nodes_turn_out_to_have(folder: Path) -> None:
+    root = load(folder, "cluster.component_placement='actor,env,rollout: all'")
+    check_plan(root, make_plan(root.cluster.component_placement, [Node(0)]))
+    with pytest.raises(ConfigError) as caught:
+        check_plan(root, make_plan(root.cluster.component_placement, [Node(0, num_accelerators=3)]))
+    assert str(caught.value).splitlines() == [
+        "actor.global_batch_size (256) cannot be shared evenly by the 3 processes of actor; write 255 or 258",
+        "env.train.total_num_envs (4) is not a multiple of the 3 processes of env; write 3 or 6",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,27 @@ def test_an_option_is_not_guessed_from_its_beginning(script: str) -> None:
 # ---- evaluation
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["cluster.num_nodes=2"], "cluster.num_nodes is 2"),
+        (["cluster.component_placement='actor,rollout: 0; env: 0:0-1'"], "env has 2 processes"),
+        (["cluster.backend=ray"], "cluster.backend asks for it"),
+    ],
+)
+def test_what_needs_ray_is_refused_before_anything_is_written(
+    reach_configs: Path, overrides: list[str], reason: str
+) -> None:
+    root = load(reach_configs, *overrides)
+    with pytest.raises(ConfigError) as caught:
+        train(root)
+    assert str(caught.value) == (
+        f"this run needs the ray backend ({reason}), which this version does not have; write "
+        "cluster.component_placement='actor,env,rollout: 0', cluster.num_nodes=1 and cluster.backend=auto"
+    )
+    assert not run_directory(root).exists()
+
+
 def test_a_run_can_be_evaluated_later_and_stays_as_it_was(reach_configs: Path, tmp_path: Path) -> None:
     assert train(load(reach_configs)) == 0
     run_dir = tmp_path / "logs/reach"

@@ -17,7 +17,11 @@ USER_ERROR = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 when it is done, 1 when the machine is broken, 2 for an error of use."""
     parser = build_parser()
-    chosen = parser.parse_args(arguments)
+    chosen, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse gives up on key=value behind an option
+        if not hasattr(chosen, "overrides") or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        chosen.overrides += rest
     if chosen.command is None:
         parser.print_help()
         return 0
@@ -47,6 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
     configs = commands.add_parser("configs", help="list the recipes, one line each")
     configs.add_argument("--dir", type=Path, metavar="DIR", help=f"folder of the recipes (default: {CONFIG_DIR})")
 
+    placement = commands.add_parser(
+        "placement", allow_abbrev=False, help="show how a recipe is spread over nodes and devices"
+    )
+    placement.add_argument("config", metavar="RECIPE", help="name of the recipe, see `configs`")
+    placement.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the recipe")
+    placement.add_argument(
+        "--gpus-per-node", type=_count, metavar="N", help="accelerators of every node (default: as many as here)"
+    )
+    placement.add_argument("--dir", type=Path, metavar="DIR", help=f"folder of the recipes (default: {CONFIG_DIR})")
+
     plot = commands.add_parser("plot", help="draw learning curves of one or several run directories")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, holds metrics.jsonl")
     plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="picture to write (default: inside RUN)")
@@ -71,6 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    """A number from 0 on. Raises ArgumentTypeError for any other text."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+    return int(text)
+
+
 def run_doctor(chosen: argparse.Namespace) -> int:
     """Print the state of the machine; 1 when something that everything needs does not work."""
     from rlinf.launch.cli.doctor import examine
@@ -87,6 +108,14 @@ def run_configs(chosen: argparse.Namespace) -> int:
     width = max(len(file.stem) for file in files)
     for file in files:
         print(f"{file.stem:<{width}}  {describe(file)}")
+    return 0
+
+
+def run_placement(chosen: argparse.Namespace) -> int:
+    """Print which process of a recipe would run where, and who talks to whom."""
+    from rlinf.launch.cli.placement import show
+
+    show(chosen.config, chosen.overrides, chosen.dir or find_config_dir(), chosen.gpus_per_node)
     return 0
 
 
@@ -156,6 +185,7 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
 COMMANDS = {
     "doctor": run_doctor,
     "configs": run_configs,
+    "placement": run_placement,
     "plot": run_plot,
     "eval": run_eval,
     "play": run_play,
