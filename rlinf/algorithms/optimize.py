@@ -6,8 +6,9 @@ nor its norm can contain gradients of an earlier loss.
 
 The parameters of a network, and their gradients, are views of one flat tensor each. Norm, clipping, Adam and the
 tracking of a target are then one operation instead of one for every parameter, which for the small networks of RL
-is a sixth of an update; and a gradient cannot be laid out in memory unlike its parameter, which the fused
-optimizers, that read both as if they were not, take without complaint.
+is a sixth of an update; a gradient cannot be laid out in memory unlike its parameter, which the fused
+optimizers, that read both as if they were not, take without complaint; and over several ranks one all-reduce makes
+it the gradient of the whole batch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from rlinf.core.errors import CheckpointError
 from rlinf.core.protocols import Network
+from rlinf.core.ranks import ONE_RANK, Ranks
 from rlinf.core.types import Metrics
 
 Scheduler = Literal["torch_constant", "constant", "torch_cosine", "cosine"]
@@ -100,11 +102,16 @@ class Stepper:
 
     A step whose gradient norm is not finite changes neither weights nor moments: on every device, without a
     synchronisation. The norm itself is returned, so the caller sees it and can stop.
+
+    Over several `ranks` the step, its norm and the decision above are those of the mean of their gradients, so ranks
+    that begin with the same weights keep the same. The statistics of the losses stay those of the own batch.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings, ranks: Ranks = ONE_RANK
+    ) -> None:
         self.parameters: list[nn.Parameter] = list(parameters)
-        self.settings, self.steps = settings, 0
+        self.settings, self.ranks, self.steps = settings, ranks, 0
         self.flat = nn.Parameter(flatten(self.parameters))
         self.flat.grad = torch.zeros_like(self.flat)
         sizes = [parameter.numel() for parameter in self.parameters]
@@ -148,8 +155,8 @@ class Stepper:
 
     def apply(self) -> Tensor:
         """Step along the gradients that were added up since `begin`. Returns their norm before clipping."""
-        grad = self.flat.grad
-        assert grad is not None
+        assert self.flat.grad is not None
+        grad = self.ranks.mean_(self.flat.grad)
         norm = torch.linalg.vector_norm(grad)
         if self.settings.clip_grad is not None:
             grad.mul_((self.settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
@@ -205,6 +212,17 @@ def track(target: Network, source: Network, tau: float) -> None:
     in it stands still. Both are moved into flat tensors, see `flatten`.
     """
     flatten(list(target.parameters())).lerp_(flatten(list(source.parameters())), tau)
+
+
+def load_generator(generator: torch.Generator, state: Mapping[str, Any], ranks: Ranks) -> None:
+    """Take up this rank's stream of random numbers where `state` was saved, by as many ranks.
+
+    By another number of ranks, the generator is left at the beginning of the stream that it was made for.
+    """
+    # Checkpoints of before there were several ranks have one state.
+    states = state["generators"] if "generators" in state else [state["generator"]]
+    if len(states) == ranks.size:
+        generator.set_state(states[ranks.rank].cpu())
 
 
 def load_parts(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -6,6 +6,9 @@ are fed with: one collection of experience, that is gone through `update_epoch` 
 Differs from [1]: the value loss is Huber's, taken as the larger one of the clipped and the unclipped error; policy and
 value function have an optimizer each, so their gradient norms and learning rates are their own.
 
+Over several ranks each has the trajectories of its own environments. What is normalised or reported over a collection
+is that of all of them, and so is every step.
+
     [1] Schulman et al. 2017, arXiv:1707.06347      [2] Ye et al. 2020, arXiv:1912.09729
 
     B batch, H actions per chunk, A action size
@@ -22,9 +25,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rlinf.algorithms.optimize import OptimizerSettings, Stepper, accumulate, load_parts
+from rlinf.algorithms.optimize import OptimizerSettings, Stepper, accumulate, load_generator, load_parts
 from rlinf.core import tree
 from rlinf.core.protocols import ActorCriticNetwork, Buffer
+from rlinf.core.ranks import ONE_RANK, Ranks, share_of
 from rlinf.core.types import Metrics, Obs, Trajectory
 from rlinf.functional.gae import gae
 from rlinf.functional.returns import Bootstrap, fold_chunk
@@ -144,8 +148,8 @@ class Samples:
 class RunningStatistics(Protocol):
     """Statistics of the observations that the networks normalise by."""
 
-    def update(self, state: Tensor) -> None:
-        """Take in states [B, S]."""
+    def update(self, state: Tensor, ranks: Ranks = ONE_RANK) -> None:
+        """Take in the states [B, S] of all ranks."""
         ...
 
 
@@ -155,19 +159,24 @@ class PPO:
     `update` is one minibatch. The collection is gone through `update_epoch` times, in a new order each time; then, or
     once `target_kl` is exceeded, there is nothing to do until the next one is observed.
 
+    Every rank gives its share of each minibatch, from its own samples. They make equally many updates: where some have
+    more samples, each pass leaves out so many of theirs, drawn anew, that all have as many as the one with the fewest.
+
     Args:
         network: policy and value function, on `device`.
         normalizer: running observation statistics. They move after the last minibatch of a collection, so that within
             it the policy that is compared with the one that acted differs from it by its weights alone.
         gamma: discount per environment step.
         gae_lambda: λ per decision.
-        batch_size, micro_batch_size: samples per optimizer step, and per forward pass.
+        batch_size, micro_batch_size: samples per optimizer step, over all ranks, and per forward pass of one.
         logprob_level, entropy_level: what a decision's terms are summed to, see `reduce_to`.
         weighting: `token-mean`: all samples alike; `seq-mean-token-mean`: all environments' segments alike, however
             many of their samples count.
         entropy_bonus: weight of the policy's entropy.
         critic_warmup_steps: optimizer steps in which only the value function learns.
         target_kl: leave the rest of a collection once `approx_kl` of a minibatch is larger; None for never.
+        generator: of the shuffles, on the CPU; a stream of its own on every rank.
+        ranks: who learns together. They need equal networks to begin with.
         Others: see the losses.
     """
 
@@ -200,11 +209,14 @@ class PPO:
         compile: bool = False,
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
+        self.ranks = ranks
         self.network, self.normalizer = network, normalizer
         self.gamma, self.gae_lambda, self.bootstrap = gamma, gae_lambda, bootstrap
-        self.update_epoch, self.batch_size = update_epoch, batch_size
-        self.micro_batch_size = micro_batch_size or batch_size
+        self.update_epoch = update_epoch
+        self.batch_size = share_of(batch_size, ranks, "actor.global_batch_size")
+        self.micro_batch_size = micro_batch_size or self.batch_size
         self.normalize_advantages = normalize_advantages
         self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c = clip_ratio_low, clip_ratio_high, clip_ratio_c
         self.value_clip, self.huber_delta, self.entropy_bonus = value_clip, huber_delta, entropy_bonus
@@ -213,14 +225,15 @@ class PPO:
         self.autocast, self.device = autocast, torch.device(device)
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
         self.losses = torch.compile(self._losses, dynamic=False) if compile else self._losses
-        self.policy_stepper = Stepper(network.policy_parameters(), policy_optim)
-        self.value_stepper = Stepper(network.value_parameters(), value_optim)
+        self.policy_stepper = Stepper(network.policy_parameters(), policy_optim, ranks)
+        self.value_stepper = Stepper(network.value_parameters(), value_optim, ranks)
         self.updates = 0
         self._forget()
 
     def _forget(self) -> None:
         self._segments: list[Trajectory] = []
         self._samples: Samples | None = None
+        self._samples_per_pass = 0
         self._order: list[Tensor] = []
         self._passes_left = self.update_epoch
 
@@ -233,27 +246,32 @@ class PPO:
         self._segments.append(trajectory)
 
     def ready(self) -> bool:
-        """Whether there is a collection to learn from."""
-        return bool(self._segments)
+        """Whether there is a collection to learn from, on all ranks. Collective."""
+        return self.ranks.all(bool(self._segments))
 
     def update(self) -> Metrics:
         """One minibatch of the collection; with the first one also `rollout/...`. Nothing when it is used up."""
         metrics: Metrics = {}
         if self._samples is None:
             self._samples, metrics = self._prepare()
+            self._samples_per_pass = min(self.ranks.gather(len(self._samples)))
         if not self._order:
             if self._passes_left == 0:
                 return metrics
             self._passes_left -= 1
             shuffled = torch.randperm(len(self._samples), generator=self.generator).to(self.device)
-            self._order = list(shuffled.split(self.batch_size))
+            self._order = list(shuffled[: self._samples_per_pass].split(self.batch_size))
         metrics |= self._step(self._samples.take(self._order.pop(0)))
         self.updates += 1
-        if self.target_kl is not None and float(metrics["actor/approx_kl"]) > self.target_kl:
+        if self.target_kl is not None and self._mean_kl(metrics) > self.target_kl:
             self._order, self._passes_left = [], 0
         if not self._order and self._passes_left == 0 and self.normalizer is not None:
-            self.normalizer.update(self._samples.obs["state"])
+            self.normalizer.update(self._samples.obs["state"], self.ranks)
         return metrics
+
+    def _mean_kl(self, metrics: Metrics) -> float:
+        """Over the minibatch of all ranks, so that they stop together."""
+        return float(self.ranks.mean_(torch.as_tensor(metrics["actor/approx_kl"])))
 
     @torch.no_grad()
     def _prepare(self) -> tuple[Samples, Metrics]:
@@ -266,17 +284,18 @@ class PPO:
         advantage = torch.cat([part.advantage for part in parts])
         returns = torch.cat([part.returns for part in parts])
         value = torch.cat([part.value for part in parts])
+        weight = torch.cat([part.weight for part in parts])
+        all_advantages, all_returns = self.ranks.cat(advantage), self.ranks.cat(returns)
         metrics: Metrics = {
-            "rollout/rewards": torch.cat(rewards).mean(),
-            "rollout/advantages_mean": advantage.mean(),
-            "rollout/advantages_max": advantage.max(),
-            "rollout/advantages_min": advantage.min(),
-            "rollout/returns_mean": returns.mean(),
-            "critic/explained_variance": explained_variance(value, returns),
+            "rollout/rewards": self.ranks.cat(torch.cat(rewards)).mean(),
+            "rollout/advantages_mean": all_advantages.mean(),
+            "rollout/advantages_max": all_advantages.max(),
+            "rollout/advantages_min": all_advantages.min(),
+            "rollout/returns_mean": all_returns.mean(),
+            "critic/explained_variance": explained_variance(self.ranks.cat(value), all_returns),
         }
         if self.normalize_advantages:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + ADVANTAGE_EPSILON)
-        weight = torch.cat([part.weight for part in parts])
+            advantage = (advantage - all_advantages.mean()) / (all_advantages.std() + ADVANTAGE_EPSILON)
         samples = Samples(
             obs=tree.cat([part.obs for part in parts]),
             decision=torch.cat([part.decision for part in parts]),
@@ -284,7 +303,7 @@ class PPO:
             value=value,
             advantage=advantage,
             returns=returns,
-            weight=weight / weight.mean(),
+            weight=weight / self.ranks.cat(weight).mean(),
         )
         return samples, metrics
 
@@ -393,13 +412,13 @@ class PPO:
         return {"network": self.network, "policy_optim": self.policy_stepper, "value_optim": self.value_stepper}
 
     def state_dict(self) -> dict[str, Any]:
-        """Network, optimizers, generator and the update counter; not the collection at hand."""
+        """Network, optimizers, the generators of all ranks, update counter; not the collection at hand. Collective."""
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
-        return state | {"updates": self.updates, "generator": self.generator.get_state()}
+        return state | {"updates": self.updates, "generators": self.ranks.gather(self.generator.get_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`. Raises CheckpointError naming the part that is missing or does not fit."""
         load_parts(self._parts(), state)
         self.updates = state["updates"]
-        self.generator.set_state(state["generator"].cpu())
+        load_generator(self.generator, state, self.ranks)
         self._forget()

@@ -10,6 +10,8 @@ Images go through an encoder first, which the critics' loss alone trains; actor 
 their state. Augmentation is that of DrQ [4]; that the target reads the present encoder and that the actor learns on
 the features that the critics have just used, detached, is DrQ-v2's way [5]: each frame is encoded once per update.
 
+Over several ranks each draws its share of the batch from its own experience; the steps are those of the whole batch.
+
     [1] Haarnoja et al. 2018, arXiv:1812.05905      [4] DrQ, Kostrikov et al. 2020, arXiv:2004.13649
     [2] RLPD, Ball et al. 2023, arXiv:2302.02948    [5] DrQ-v2, Yarats et al. 2021, arXiv:2107.09645
     [3] SAC Flow, arXiv:2509.25756
@@ -20,6 +22,7 @@ the features that the critics have just used, detached, is DrQ-v2's way [5]: eac
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -28,10 +31,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_parts, track
+from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_generator, load_parts, track
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core import tree
 from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork, Network
+from rlinf.core.ranks import ONE_RANK, Ranks, share_of
 from rlinf.core.types import Metrics, Obs, Trajectory, Transition
 from rlinf.functional.returns import Bootstrap, fold_chunk
 
@@ -172,8 +176,8 @@ Augment = Callable[[Obs, torch.Generator], Obs]
 class RunningStatistics(Protocol):
     """Statistics of the observations that the networks normalise by."""
 
-    def update(self, state: Tensor) -> None:
-        """Take in states [B, S]."""
+    def update(self, state: Tensor, ranks: Ranks = ONE_RANK) -> None:
+        """Take in the states [B, S] of all ranks; one that has none gives a tensor without elements."""
         ...
 
 
@@ -191,8 +195,8 @@ class SAC:
         acting: the network that acts on raw observations, of which `actor` (and `encoder`) are parts; None for `actor`.
         augment: changes the observations of a batch, `obs` and `next_obs` independently; None for no change.
         gamma: discount per environment step.
-        batch_size, micro_batch_size: transitions per update, and per forward pass.
-        min_buffer_size: transitions in `replay` before the first update.
+        batch_size, micro_batch_size: transitions per update, over all ranks, and per forward pass of one.
+        min_buffer_size: transitions before the first update; every rank has its share of them.
         critic_actor_ratio: critic updates per actor and temperature update.
         actor_delay: critic updates before the first actor update.
         target_update_freq: critic updates per target update.
@@ -202,7 +206,8 @@ class SAC:
             small linear layers slower.
         compile: compile the losses with torch.compile (a one-off cost of a minute or so).
         device: where networks and batches live.
-        generator: randomness of the losses, on `device`.
+        generator: randomness of the losses, on `device`; a stream of its own on every rank.
+        ranks: who learns together. They need equal networks to begin with.
     """
 
     def __init__(
@@ -242,7 +247,9 @@ class SAC:
         compile: bool = False,
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
+        self.ranks = ranks
         self.actor, self.critic, self.target_critic = actor, critic, target_critic
         self.temperature, self.replay = temperature, replay
         self.sampler: Sampler = sampler if sampler is not None else replay  # type: ignore[assignment]
@@ -250,8 +257,9 @@ class SAC:
         self.encoder, self.augment = encoder, augment
         self.acting: Network = acting if acting is not None else actor
         self.gamma, self.tau, self.target_entropy = gamma, tau, target_entropy
-        self.batch_size, self.min_buffer_size = batch_size, min_buffer_size
-        self.micro_batch_size = micro_batch_size or batch_size
+        self.batch_size = share_of(batch_size, ranks, "actor.global_batch_size")
+        self.min_buffer_size = math.ceil(min_buffer_size / ranks.size)
+        self.micro_batch_size = micro_batch_size or self.batch_size
         self.critic_actor_ratio, self.actor_delay = critic_actor_ratio, actor_delay
         self.target_update_freq = target_update_freq
         self.agg_q, self.actor_agg_q, self.backup_entropy = agg_q, actor_agg_q, backup_entropy
@@ -262,23 +270,36 @@ class SAC:
         self.generator = generator if generator is not None else torch.Generator(self.device).manual_seed(0)
         self.critic_loss = torch.compile(critic_loss, dynamic=False) if compile else critic_loss
         self.actor_loss = torch.compile(actor_loss, dynamic=False) if compile else actor_loss
-        self.actor_stepper = Stepper(actor.parameters(), actor_optim)
+        self.actor_stepper = Stepper(actor.parameters(), actor_optim, ranks)
         # The critics' own first: they stay one flat tensor, which `track` reads.
         trained = [*critic.parameters(), *(encoder.trained_parameters() if encoder is not None else [])]
-        self.critic_stepper = Stepper(trained, critic_optim)
-        self.alpha_stepper = Stepper(temperature.parameters(), alpha_optim) if temperature.theta.requires_grad else None
+        self.critic_stepper = Stepper(trained, critic_optim, ranks)
+        self.alpha_stepper: Stepper | None = None
+        if temperature.theta.requires_grad:
+            self.alpha_stepper = Stepper(temperature.parameters(), alpha_optim, ranks)
+        self._unseen: list[Tensor] = []
         self.updates = 0
 
     def observe(self, trajectory: Trajectory) -> None:
-        """Fold chunks into transitions and store them; take the observations into the running statistics."""
+        """Fold chunks into transitions and store them; take the observations into the running statistics.
+
+        Several ranks do the latter together, in `ready`: they need not observe equally many segments.
+        """
         reward, discount = fold_chunk(trajectory.reward, trajectory.terminated, self.gamma, self.bootstrap)
         self.replay.add(trajectory, reward, discount)
         if self.normalizer is not None:
-            self.normalizer.update(trajectory.obs["state"][1:].flatten(0, 1))
+            states = trajectory.obs["state"][1:].flatten(0, 1)
+            if self.ranks.size == 1:
+                self.normalizer.update(states)
+            else:
+                self._unseen.append(states)
 
     def ready(self) -> bool:
-        """Whether the replay buffer holds `min_buffer_size` transitions."""
-        return len(self.replay) >= self.min_buffer_size
+        """Whether the replay buffers of all ranks hold their share of `min_buffer_size`. Collective."""
+        if self.normalizer is not None:
+            self.normalizer.update(torch.cat(self._unseen) if self._unseen else torch.empty(0), self.ranks)
+            self._unseen = []
+        return self.ranks.all(len(self.replay) >= self.min_buffer_size)
 
     def update(self) -> Metrics:
         """One critic step; every `critic_actor_ratio`-th time an actor and a temperature step; track the target."""
@@ -388,8 +409,10 @@ class SAC:
         if not size or (size >= num_heads and not self.subsample_with_replacement):
             return None
         if self.subsample_with_replacement:
-            return torch.randint(num_heads, (size,), generator=self.generator, device=self.device)
-        return torch.randperm(num_heads, generator=self.generator, device=self.device)[:size]
+            drawn = torch.randint(num_heads, (size,), generator=self.generator, device=self.device)
+        else:
+            drawn = torch.randperm(num_heads, generator=self.generator, device=self.device)[:size]
+        return self.ranks.broadcast_(drawn)
 
     def _precision(self, autocast: bool) -> contextlib.AbstractContextManager[Any]:
         if not autocast:
@@ -419,15 +442,15 @@ class SAC:
         return parts if self.alpha_stepper is None else parts | {"alpha_optim": self.alpha_stepper}
 
     def state_dict(self) -> dict[str, Any]:
-        """Networks, optimizers, target, temperature, generator and the update counter."""
+        """Networks, optimizers, target, temperature, the generators of all ranks and the update counter. Collective."""
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
-        return state | {"updates": self.updates, "generator": self.generator.get_state()}
+        return state | {"updates": self.updates, "generators": self.ranks.gather(self.generator.get_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`. Raises CheckpointError naming the part that is missing or does not fit."""
         load_parts(self._parts(), state)
         self.updates = state["updates"]
-        self.generator.set_state(state["generator"].cpu())
+        load_generator(self.generator, state, self.ranks)
 
 
 def _detached(leaf: Any) -> Any:

@@ -31,3 +31,11 @@ class NonFiniteError(RlinfError):
 
 class WorkerDied(RlinfError):
     """A process or thread of the run ended or stopped answering; names it and its last words."""
+
+
+class ProcessDied(WorkerDied):
+    """Process number `process` of the run ended by itself or was killed."""
+
+    def __init__(self, message: str, process: int) -> None:
+        super().__init__(message)
+        self.process = process

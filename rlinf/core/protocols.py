@@ -6,7 +6,7 @@ and talk in the records of `core.types`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -135,7 +135,11 @@ class ActorCriticNetwork(ActorCritic, Network, Protocol):
 
 
 class Algorithm(Protocol):
-    """Turns experience into better weights. Owns networks, optimizers, buffers and counters."""
+    """Turns experience into better weights. Owns networks, optimizers, buffers and counters.
+
+    Where several ranks learn together, all of them call `ready`, `update` and `state_dict` at the same time; see
+    `core.ranks`.
+    """
 
     def observe(self, trajectory: Trajectory) -> None:
         """Take in one segment of experience."""
@@ -178,6 +182,10 @@ class Buffer(Protocol):
 
     def load(self, directory: str) -> None:
         """Inverse of `save`. Raises CheckpointError naming the file that is missing or does not fit."""
+        ...
+
+    def load_share(self, directories: Sequence[str], rank: int, size: int) -> None:
+        """Become share `rank` of `size` equal ones of what several buffers saved. Raises CheckpointError."""
         ...
 
     def statistics(self) -> dict[str, float]:

@@ -28,6 +28,7 @@ from rlinf.data import columns as store
 from rlinf.data.batches import Batches
 from rlinf.data.columns import Arrays, Column
 from rlinf.data.segment import Segment, read_segment
+from rlinf.data.shares import join_rows, share_rows
 
 _FORMAT = "rlinf replay buffer"
 _VERSION = 1
@@ -388,6 +389,43 @@ class ReplayBuffer:
         self._arrays["start"][:used] = start
         self._size = int(np.count_nonzero(start))
         self._tails = {tuple(tail["source"]): np.array(tail["rows"], np.int64) for tail in index["tails"]}
+
+    def load_share(self, directories: Sequence[str], rank: int, size: int) -> None:
+        """Become share `rank` of `size` of what several buffers saved, one in each of `directories`.
+
+        The shares are equal but for a few transitions; each has its part of old and new ones. Where they are more than
+        fit, the oldest are left out. Draws go on with this buffer's own generator. Checksums are not compared.
+
+        Raises CheckpointError naming the file that is missing, truncated or does not fit.
+        """
+        found = [(Path(directory), _read_index(Path(directory), "head")) for directory in directories]
+        found = [(source, index) for source, index in found if index["head"]]
+        columns = _columns_of(found[0][1]) if found else {}
+        saved, shares = [], []
+        for source, index in found:
+            if _columns_of(index) != columns:
+                raise CheckpointError(f"{source / _INDEX} describes rows of another kind than {found[0][0] / _INDEX}.")
+            used = min(index["head"], index["capacity"])
+            saved.append({n: store.open_array(source / store.file_name(n), c, used) for n, c in columns.items()})
+            shares.append(share_rows(saved[-1]["start"], saved[-1]["next"], index["head"] % used, rank, size))
+
+        self._empty()
+        if not found:
+            return
+        self._adopt({**found[0][1], "sentences": []})
+        ids = [self._encode(index["sentences"]) for _, index in found]
+        self._allocate()
+        places = join_rows(shares, self.capacity)
+        for arrays, share, to, known in zip(saved, shares, places, ids, strict=True):
+            fits = to >= 0
+            for name, column in columns.items():
+                values = arrays[name][share.positions[fits]]
+                self._arrays[name][to[fits]] = known[values] if column.text else values
+            begins = fits & share.start
+            self._arrays["start"][to[fits]] = begins[fits]
+            self._arrays["next"][to[begins]] = to[share.next[begins]]
+        self._head[0] = sum(int(np.count_nonzero(to >= 0)) for to in places)
+        self._size = int(np.count_nonzero(self._arrays["start"]))
 
     def _empty(self) -> None:
         self._arrays, self._tails, self._size = {}, {}, 0

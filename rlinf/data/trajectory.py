@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -104,6 +108,37 @@ class TrajectoryBuilder:
         return tree.cat(
             [tree.index(self._steps[t].last_obs, n) for t, n in zip(moments.tolist(), envs, strict=True)]
         ), index
+
+
+def split_by_env(trajectory: Trajectory, parts: int) -> list[Trajectory]:
+    """The trajectories of `parts` groups of neighbouring environments, as even as can be; itself for one part."""
+    if parts == 1:
+        return [trajectory]
+    bounds = [trajectory.num_envs * part // parts for part in range(parts + 1)]
+    return [_of_envs(trajectory, first, end) for first, end in pairwise(bounds)]
+
+
+def _of_envs(trajectory: Trajectory, first: int, end: int) -> Trajectory:
+    """The trajectory of environments `first` to `end` - 1."""
+    ended = ((trajectory.last_index[:, 1] >= first) & (trajectory.last_index[:, 1] < end)).nonzero()[:, 0]
+
+    def columns(leaf: Any) -> Any:
+        return [row[first:end] for row in leaf] if isinstance(leaf, list) else leaf[:, first:end]
+
+    changed = {name: columns(getattr(trajectory, name)) for name in BY_ENV}
+    return replace(
+        trajectory,
+        obs=tree.tree_map(columns, trajectory.obs),
+        last_obs=tree.index(trajectory.last_obs, ended),
+        last_index=trajectory.last_index[ended] - trajectory.last_index.new_tensor([0, first]),
+        log_prob=None if trajectory.log_prob is None else columns(trajectory.log_prob),
+        value=None if trajectory.value is None else columns(trajectory.value),
+        **changed,
+    )
+
+
+BY_ENV = ("decision", "action", "reward", "terminated", "truncated", "intervened", "valid")
+"""Fields of a trajectory with axes [T, N, ...]."""
 
 
 def _stack_optional(values: list[Tensor | None]) -> Tensor | None:

@@ -19,6 +19,7 @@ from rlinf.algorithms.sac import SAC
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core.errors import CheckpointError, ConfigError, DataError
 from rlinf.core.protocols import VectorEnv
+from rlinf.core.ranks import ONE_RANK, Ranks
 from rlinf.core.seeding import derive_seed, numpy_generator, torch_generator
 from rlinf.core.types import EnvSpaces
 from rlinf.data.columns import gigabytes
@@ -143,21 +144,31 @@ def load_weights_into(actor: Policy, state: dict[str, Tensor], source: str) -> N
     actor.load_state_dict(state)
 
 
-def learner_seed(config: Root, stream: str) -> int:
-    """Seed of one of the learner's streams."""
-    return derive_seed(config.runner.seed, f"actor/{config.actor.seed}/{stream}")
+def learner_seed(config: Root, stream: str, ranks: Ranks = ONE_RANK) -> int:
+    """Seed of one of the learner's streams; with `ranks`, of this rank's own, of which rank 0 has the usual one."""
+    own = f"/{ranks.rank}" if ranks.rank else ""
+    return derive_seed(config.runner.seed, f"actor/{config.actor.seed}/{stream}{own}")
 
 
 def build_algorithm(
-    config: Root, networks: Networks, device: torch.device, demos: ReplayBuffer | None = None
+    config: Root,
+    networks: Networks,
+    device: torch.device,
+    demos: ReplayBuffer | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> SAC | PPO:
-    """The algorithm of the configuration on `device`, without experience; `demos` are mixed into SAC's batches."""
+    """The algorithm of the configuration on `device`, without experience; `demos` are mixed into SAC's batches.
+
+    Of several `ranks` this is one; sizes in the configuration are those of all together.
+    """
     if isinstance(config.algorithm, PpoConfig):
-        return build_ppo(config, config.algorithm, networks, device)
-    return build_sac(config, config.algorithm, networks, device, demos)
+        return build_ppo(config, config.algorithm, networks, device, ranks)
+    return build_sac(config, config.algorithm, networks, device, demos, ranks)
 
 
-def build_ppo(config: Root, algorithm: PpoConfig, networks: Networks, device: torch.device) -> PPO:
+def build_ppo(
+    config: Root, algorithm: PpoConfig, networks: Networks, device: torch.device, ranks: Ranks = ONE_RANK
+) -> PPO:
     """Proximal policy optimisation on `device`."""
     actor, network = config.actor, networks.actor.to(device)
     assert isinstance(network, MlpActorCritic)
@@ -188,12 +199,18 @@ def build_ppo(config: Root, algorithm: PpoConfig, networks: Networks, device: to
         autocast=actor.precision == "bf16" and device.type != "cpu",
         compile=actor.compile_model,
         device=device,
-        generator=torch_generator(learner_seed(config, "losses"), "shuffles", torch.device("cpu")),
+        generator=torch_generator(learner_seed(config, "losses", ranks), "shuffles", torch.device("cpu")),
+        ranks=ranks,
     )
 
 
 def build_sac(
-    config: Root, algorithm: SacConfig, networks: Networks, device: torch.device, demos: ReplayBuffer | None
+    config: Root,
+    algorithm: SacConfig,
+    networks: Networks,
+    device: torch.device,
+    demos: ReplayBuffer | None,
+    ranks: Ranks = ONE_RANK,
 ) -> SAC:
     """Soft actor-critic on `device` with an empty replay buffer."""
     actor, policy, critic = config.actor, networks.actor, networks.critic
@@ -201,10 +218,11 @@ def build_sac(
     assert critic is not None and not isinstance(policy, MlpActorCritic)
     for network in (policy, critic):
         network.to(device)
+    storage = replay_config.storage_dir
     replay = ReplayBuffer(
-        replay_config.capacity,
-        generator=numpy_generator(learner_seed(config, "replay"), "draws"),
-        storage_dir=replay_config.storage_dir,
+        math.ceil(replay_config.capacity / ranks.size),
+        generator=numpy_generator(learner_seed(config, "replay", ranks), "draws"),
+        storage_dir=storage if storage is None or ranks.size == 1 else f"{storage}/rank_{ranks.rank}",
     )
     sampler = None
     if demos is not None and algorithm.demo_buffer is not None:
@@ -248,7 +266,8 @@ def build_sac(
         autocast_encoder=actor.precision == "bf16",
         compile=actor.compile_model,
         device=device,
-        generator=torch_generator(learner_seed(config, "losses"), "noise", device),
+        generator=torch_generator(learner_seed(config, "losses", ranks), "noise", device),
+        ranks=ranks,
     )
 
 
@@ -266,10 +285,10 @@ def describe_replay(config: Root, spaces: EnvSpaces) -> str | None:
     return f"replay buffer: up to {replay.capacity:,} rows of {row:,} bytes, {gigabytes(replay.capacity * row)} {place}"
 
 
-def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces) -> ReplayBuffer:
-    """A buffer with the demonstrations of `demo.load_path`, folded like experience.
+def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces, ranks: Ranks = ONE_RANK) -> ReplayBuffer:
+    """A buffer with the demonstrations of `demo.load_path`, folded like experience; recordings are dealt to `ranks`.
 
-    Raises DataError when they are missing, corrupt or of another environment.
+    Raises DataError when they are missing, corrupt, of another environment, or fewer than the ranks.
     """
     try:
         trajectories, meta = read_demos(demo.load_path)
@@ -278,6 +297,12 @@ def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces) -
         raise DataError(
             f"algorithm.demo_buffer.load_path: {problem} To record: bash examples/embodiment/record_demos.sh RECIPE"
         ) from problem
+    if len(trajectories) < ranks.size:
+        raise DataError(
+            f"the demonstrations in {demo.load_path} are {len(trajectories)} recordings, too few for {ranks.size} "
+            "learner ranks; record more or use fewer ranks"
+        )
+    trajectories = trajectories[ranks.rank :: ranks.size]
     chunk = config.actor.model.num_action_chunks
     needed = 0
     for trajectory in trajectories:
@@ -288,8 +313,8 @@ def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces) -
             )
         needed += (trajectory.num_steps + 1) * trajectory.num_envs + len(trajectory.last_index)
     buffer = ReplayBuffer(
-        demo.capacity or needed,
-        generator=numpy_generator(learner_seed(config, "demos"), "draws"),
+        math.ceil(demo.capacity / ranks.size) if demo.capacity else needed,
+        generator=numpy_generator(learner_seed(config, "demos", ranks), "draws"),
         config_key="algorithm.demo_buffer",
     )
     for trajectory in trajectories:

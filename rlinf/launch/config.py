@@ -100,6 +100,11 @@ class RunnerConfig(Config):
     weight_sync_interval: PositiveInt = Field(
         1, description="Global steps after which the acting policy gets the learner's weights."
     )
+    max_staleness: PositiveInt | None = Field(
+        None,
+        description="In an asynchronous run, the learner waits rather than be more updates ahead of the weights that "
+        "act; at least `update_epoch`. null: no limit.",
+    )
 
     @property
     def total_steps(self) -> int:
@@ -202,6 +207,13 @@ def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
         yield (
             "runner.only_eval",
             "runner.only_eval needs something to evaluate; give runner.ckpt_path (or runner.resume_dir) a checkpoint",
+        )
+    staleness = root.runner.max_staleness
+    if staleness is not None and root.runner.asynchronous and staleness < updates_per_step(root):
+        yield (
+            "runner.max_staleness",
+            f"runner.max_staleness ({staleness}) is less than the {updates_per_step(root)} updates of a global step: "
+            "learning would never begin; raise it or lower algorithm.update_epoch",
         )
     if root.env.train.video_cfg.save_video:
         yield (

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, cast
 
 import torch
 
 from rlinf.core.errors import ConfigError
 from rlinf.core.protocols import Mode, VectorEnv
+from rlinf.core.ranks import ONE_RANK, Ranks
 from rlinf.core.seeding import derive_seed, torch_generator
 from rlinf.core.types import EnvSpaces
 from rlinf.envs.config import EnvConfig
@@ -35,6 +37,7 @@ from rlinf.runners.crew import Crew
 from rlinf.runners.evaluate import Evaluator
 from rlinf.runtime.interface import Runtime
 from rlinf.runtime.local import STOP_TIMEOUT_S, Channel, Flag, Group, Weights
+from rlinf.runtime.ranks import join_ranks
 from rlinf.workers.env_worker import EnvWorker, Source
 from rlinf.workers.learner_worker import LearnerWorker
 from rlinf.workers.rollout_worker import RolloutWorker
@@ -47,34 +50,34 @@ class Layout:
     Attributes:
         env, rollout, learner: number of the process of each rank of the role.
         answered_by: (env rank, stage) → rank of the policy that answers it.
-        learned_by: (env rank, stage) → rank of the learner that gets its experience.
+        learned_by: (env rank, stage) → ranks of the learners among which its experience is shared out by environments.
+        envs_per_machine, learners_per_machine: processes of a role that share the cores of a machine, at most.
+        backend: what the processes are.
     """
 
     env: tuple[int, ...] = (0,)
     rollout: tuple[int, ...] = (0,)
     learner: tuple[int, ...] = (0,)
     answered_by: dict[Source, int] | None = None
-    learned_by: dict[Source, int] | None = None
-
-    @property
-    def num_processes(self) -> int:
-        """Processes of the run."""
-        return len({*self.env, *self.rollout, *self.learner})
+    learned_by: dict[Source, tuple[int, ...]] | None = None
+    envs_per_machine: int = 1
+    learners_per_machine: int = 1
+    backend: Literal["local", "ray"] = "local"
 
     def describe(self) -> str:
         """In a few words."""
-        if self.num_processes == 1:
+        if self.backend == "local":
             return "local backend"
         counts = f"{len(self.env)} env, {len(self.rollout)} rollout, {len(self.learner)} actor"
-        return f"ray backend with {self.num_processes} processes ({counts})"
+        return f"ray backend with {len({*self.env, *self.rollout, *self.learner})} processes ({counts})"
 
     def answerer(self, source: Source) -> int:
         """Rank of the policy that answers `source`; of 0 where nothing is said."""
         return self.answered_by[source] if self.answered_by is not None else 0
 
-    def learner_of(self, source: Source) -> int:
-        """Rank of the learner that gets what `source` has played; of 0 where nothing is said."""
-        return self.learned_by[source] if self.learned_by is not None else 0
+    def learners_of(self, source: Source) -> tuple[int, ...]:
+        """Ranks of the learners that share what `source` has played; 0 alone where nothing is said."""
+        return self.learned_by[source] if self.learned_by is not None else (0,)
 
 
 def build_crew(
@@ -89,8 +92,7 @@ def build_crew(
     experience = runtime.channel("experience", dict(enumerate(layout.learner)), confirm=True)
     channels = (obs, actions, experience)
     envs = [
-        partial(_env_worker, config, rank, len(layout.env), obs, actions, experience, stop,
-                learners=[layout.learner_of((rank, stage)) for stage in range(stages)])
+        partial(_env_worker, config, rank, layout, obs, actions, experience, stop)
         for rank in range(len(layout.env))
     ]  # fmt: skip
     env = runtime.group(config.env.group_name, envs, layout.env, channels=channels, stop=stop)
@@ -102,8 +104,9 @@ def build_crew(
                     noise_correlation=config.rollout.noise_correlation)
             for rank in range(len(layout.rollout))
         ]  # fmt: skip
+        meeting_point = runtime.meeting_point(layout.learner[0])
         learners = [
-            partial(_learner_worker, config, spaces, experience, weights, stop, device, rank=rank)
+            partial(_learner_worker, config, spaces, experience, weights, stop, device, rank, layout, meeting_point)
             for rank in range(len(layout.learner))
         ]
         # The learner first: what is wrong with its checkpoint or demonstrations should be said first.
@@ -112,7 +115,7 @@ def build_crew(
     except BaseException:
         close_envs(env)
         raise
-    return Crew(env, rollout, learner, stop, weights)
+    return Crew(env, rollout, learner, stop, weights, runtime, config.cluster.max_restarts)
 
 
 def build_evaluator(
@@ -198,18 +201,16 @@ def _talk(runtime: Runtime, layout: Layout, sources: Sequence[Source], prefix: s
 def _env_worker(
     config: Root,
     rank: int,
-    ranks: int,
+    layout: Layout,
     obs: Channel,
     actions: Channel,
     experience: Channel,
     stop: Flag,
-    *,
-    learners: Sequence[int],
 ) -> EnvWorker:
-    train = config.env.train
+    train, stages = config.env.train, config.rollout.pipeline_stage_num
     seed = _seed_of_rank(derive_seed(config.runner.seed, f"env/{train.seed}"), rank)
-    cores = cores_for_training_envs(config)
-    envs = _make_stages(config, train, ranks, seed, config.rollout.pipeline_stage_num, render=False, cores=cores)
+    cores = max(1, cores_for_training_envs(config) // layout.envs_per_machine)
+    envs = _make_stages(config, train, len(layout.env), seed, stages, render=False, cores=cores)
     return EnvWorker(
         rank,
         envs,
@@ -220,7 +221,7 @@ def _env_worker(
         num_action_chunks=config.actor.model.num_action_chunks,
         seed=seed,
         auto_reset=train.auto_reset,
-        learners=learners,
+        learners=[layout.learners_of((rank, stage)) for stage in range(stages)],
     )
 
 
@@ -281,16 +282,21 @@ def _learner_worker(
     weights: Weights,
     stop: Flag,
     device: torch.device | None,
-    *,
     rank: int,
+    layout: Layout,
+    meeting_point: str,
 ) -> LearnerWorker:
+    device, size, ranks = device or device_of(config), len(layout.learner), cast(Ranks, ONE_RANK)
+    if size > 1:
+        ranks = join_ranks(rank, size, meeting_point, backend="nccl" if device.type == "cuda" else "gloo")
     networks = build_networks(config, spaces)
     if config.runner.ckpt_path is not None:
         load_weights_into(networks.actor, load_policy(config.runner.ckpt_path)[1], config.runner.ckpt_path)
     demo = config.algorithm.demo_buffer if isinstance(config.algorithm, SacConfig) else None
-    demos = build_demo_buffer(config, demo, spaces) if demo is not None else None
-    algorithm = build_algorithm(config, networks, device or device_of(config), demos)
-    return LearnerWorker(algorithm, experience, weights, stop, rank=rank, num_threads=num_learner_threads(config))
+    demos = build_demo_buffer(config, demo, spaces, ranks) if demo is not None else None
+    algorithm = build_algorithm(config, networks, device, demos, ranks)
+    num_threads = max(1, num_learner_threads(config) // layout.learners_per_machine)
+    return LearnerWorker(algorithm, experience, weights, stop, ranks=ranks, num_threads=num_threads)
 
 
 def _seed_of_rank(seed: int, rank: int) -> int:

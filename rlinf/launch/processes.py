@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
-from rlinf.launch.config import Root
+from rlinf.launch.cluster_config import node_groups_of, resolve_backend
+from rlinf.launch.config import Root, check_plan
 from rlinf.launch.crew import Layout
-from rlinf.launch.machine import prepare_process
+from rlinf.launch.machine import prepare_process, this_node
+from rlinf.runtime.cluster import Machine, joined
 from rlinf.runtime.interface import Runtime
 from rlinf.runtime.local import LocalRuntime
+from rlinf.runtime.placement import Node, Plan, Process, make_plan
+
+if TYPE_CHECKING:
+    from rlinf.runtime.ray_backend import Seat
+
+LOOPBACK = "127.0.0.1"
 
 
 @contextlib.contextmanager
@@ -18,6 +29,86 @@ def open_runtime(config: Root, note: Callable[[str], None]) -> Iterator[tuple[Ru
 
     Args:
         note: gets a line whenever something takes long.
+
+    Raises ConfigError when the machines do not have what the placement asks for, before anything is started.
     """
-    prepare_process(config)
-    yield LocalRuntime(), Layout()
+    cluster = config.cluster
+    if cluster.num_nodes == 1 and cluster.address is None:
+        plan = make_plan(cluster.component_placement, [this_node(config)], node_groups_of(cluster))
+        check_plan(config, plan)
+        if resolve_backend(cluster, plan) == "local":
+            prepare_process(config)
+            yield LocalRuntime(), Layout()
+            return
+    with joined(cluster.num_nodes, address=cluster.address, note=note) as machines:
+        from rlinf.runtime.ray_backend import RayRuntime
+
+        nodes = nodes_of(machines, accelerators=config.profile == "gpu")
+        plan = make_plan(cluster.component_placement, nodes, node_groups_of(cluster))
+        check_plan(config, plan)
+        hosts = plan.hosts(config.rollout.pipeline_stage_num)
+        note(f"starting {len(hosts)} processes on {', '.join(machine.name for machine in machines)}")
+        runtime = RayRuntime(seats_of(hosts, machines), partial(prepare_process, config))
+        try:
+            layout = layout_of(plan, hosts, config.rollout.pipeline_stage_num)
+            yield runtime, layout
+        finally:
+            runtime.close()
+
+
+def nodes_of(machines: Sequence[Machine], *, accelerators: bool) -> list[Node]:
+    """The machines as nodes of a placement, ranked in their order; without their accelerators if these are not used."""
+    return [
+        Node(
+            rank,
+            machine.name,
+            machine.ip,
+            machine.num_gpus if accelerators else 0,
+            machine.num_cpus,
+            machine.resources,
+            machine.labels,
+        )
+        for rank, machine in enumerate(machines)
+    ]
+
+
+def seats_of(hosts: Sequence[Sequence[Process]], machines: Sequence[Machine]) -> list[Seat]:
+    """Where every process is started, and with what environment."""
+    from rlinf.runtime.ray_backend import Seat
+
+    seats = []
+    for processes in hosts:
+        first, machine = processes[0], machines[processes[0].node_rank]
+        environment = dict(first.env_vars)
+        if first.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, first.devices))
+        if len(machines) == 1:
+            # Ranks of a learner look for each other under the machine's name, which may not be known.
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        name = " + ".join(f"{process.role} {process.rank}" for process in processes)
+        ip = LOOPBACK if len(machines) == 1 else machine.ip
+        seats.append(Seat(name, machine.node_id, ip, environment, first.python))
+    return seats
+
+
+def layout_of(plan: Plan, hosts: Sequence[Sequence[Process]], num_stages: int) -> Layout:
+    """Who sits in which of `hosts`, and who talks to whom."""
+    sits = {(process.role, process.rank): index for index, processes in enumerate(hosts) for process in processes}
+    routes = plan.routes(num_stages)
+
+    def of(role: str) -> tuple[int, ...]:
+        return tuple(sits[role, rank] for rank in range(plan.world_size(role)))
+
+    def most_on_a_machine(role: str) -> int:
+        return max(Counter(process.node_rank for process in plan.processes[role]).values())
+
+    return Layout(
+        of("env"),
+        of("rollout"),
+        of("actor"),
+        dict(routes.rollout),
+        dict(routes.learners),
+        envs_per_machine=most_on_a_machine("env"),
+        learners_per_machine=most_on_a_machine("actor"),
+        backend="ray",
+    )

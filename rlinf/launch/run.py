@@ -165,6 +165,7 @@ def schedule_of(config: Root) -> Schedule:
         overlap=runner.overlap,
         sync_interval=runner.weight_sync_interval,
         max_updates_per_env_step=_max_updates_per_env_step(config),
+        max_staleness=runner.max_staleness,
     )
 
 

@@ -1,6 +1,9 @@
-"""The mean of metrics over many updates, without waiting for the device in between."""
+"""The mean of metrics over many updates, without waiting for the device in between; and over several ranks."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,3 +45,31 @@ class MetricMean:
         for tag, number in self._numbers.items():
             sums[tag] += number
         return {tag: sums[tag] / count for tag, count in self._counts.items()}
+
+
+def mean_of_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of every tag over the ranks that have it, all with the same weight."""
+    values: dict[str, list[float]] = {}
+    for part in parts:
+        for tag, value in part.items():
+            values.setdefault(tag, []).append(value)
+    return {tag: sum(numbers) / len(numbers) for tag, numbers in values.items()}
+
+
+def whole_buffer(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Statistics of a buffer of which every rank has a part of equal capacity; see `core.protocols.Buffer`."""
+    if len(parts) == 1:
+        return parts[0]
+    filled = [part for part in parts if part["size"]] or parts[:1]
+    size = sum(part["size"] for part in filled)
+    shares = [(part["size"] / size if size else 1.0, part) for part in filled]
+    mean = sum(share * part["mean_reward"] for share, part in shares)
+    variance = sum(share * (part["std_reward"] ** 2 + (part["mean_reward"] - mean) ** 2) for share, part in shares)
+    return {
+        "size": size,
+        "utilization": sum(part["utilization"] for part in parts) / len(parts),
+        "max_reward": max(part["max_reward"] for part in filled),
+        "min_reward": min(part["min_reward"] for part in filled),
+        "mean_reward": mean,
+        "std_reward": math.sqrt(variance),
+    }

@@ -5,7 +5,8 @@
     evaluate  |                    | the weights of step 1  |    in environments of its own
 
 A global step is `updates` updates. The learner waits only while there is too little experience to learn from: before
-the algorithm is ready, and where `max_updates_per_env_step` limits it. The policy takes up newer weights, when there
+the algorithm is ready, and where `max_updates_per_env_step` or `max_staleness` limits it; the environments only while
+`WAITING` segments wait for a learner that makes a long step. The policy takes up newer weights, when there
 are any, between two actions; how old the weights were that a segment was played by is logged as `train/staleness/`.
 The result depends on timing: two runs of one seed differ. To be repeated exactly, a run must be synchronous.
 """
@@ -14,8 +15,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from rlinf.core.errors import ProcessDied
 from rlinf.runners.checkpoint import CheckpointStore
 from rlinf.runners.crew import Collection, Crew, Reporter
 from rlinf.runners.evaluate import Evaluating, Evaluator
@@ -27,6 +31,8 @@ from rlinf.workers.learner_worker import LearnerWorker
 
 IN_FLIGHT = 2
 """Segments asked for at any time: the next one waits in the environments' own queue when one ends."""
+WAITING = 64
+"""Segments that may wait for the learner: memory has an end."""
 
 
 def run_async(
@@ -55,6 +61,10 @@ class Asynchronous:
         self.playing: deque[Collection] = deque()
         self.evaluating: Evaluating | None = None
         self._episodes: list[dict[str, float]] = []
+        self._waiting = 0
+        # No segment that is being played began with older weights than the first; the second is its value at a moment
+        # when the first of these segments was not over yet.
+        self._oldest = self._published_before_its_end = run.published
         self._arrival = (time.perf_counter(), run.crew.progress().env_steps)
         self._env_steps_per_s = 0.0
 
@@ -64,12 +74,11 @@ class Asynchronous:
         run.times, last = {}, step == schedule.num_steps
         before = crew.progress()
         with run.timed("step"):
-            run.publish_if_due()
-            self._keep_playing()
+            run.publish_if_due(wait=schedule.max_staleness is not None)
             self._wait_for_experience()
             updating = crew.learner.run(LearnerWorker.update, schedule.updates)
             self._wait_for(updating)
-            [learned] = updating.wait()
+            learned = updating.wait()[0]
             after = crew.progress()
             evaluation = self._finished_evaluation()
             if schedule.saves(step) and not crew.stop.is_set():
@@ -84,38 +93,72 @@ class Asynchronous:
     def settle(self) -> None:
         """Wait until the environments play no more, and take in what they have played."""
         while self.playing:
-            self._episodes.append(self.playing.popleft().wait())
+            with self._replacing_who_dies():
+                self._episodes.append(self.playing[0].wait())
+                self.playing.popleft()
         self.run.crew.ingest()
 
     def _keep_playing(self) -> None:
         """See to it that `IN_FLIGHT` segments are asked for. Raises what went wrong with those that are over."""
         while self.playing and self.playing[0].done:
-            self._episodes.append(self.playing.popleft().wait())
-        while len(self.playing) < IN_FLIGHT and not self.run.crew.stop.is_set():
+            self._episodes.append(self.playing[0].wait())
+            self.playing.popleft()
+            self._waiting += 1
+            if self.playing:
+                self._oldest = self._published_before_its_end
+        self._published_before_its_end = self.run.published
+        if not self.playing:
+            self._oldest = self.run.published
+        while len(self.playing) < IN_FLIGHT and self._waiting < WAITING and not self.run.crew.stop.is_set():
             self.playing.append(self.run.crew.collect(self.run.schedule.chunks, 1))
+
+    @contextmanager
+    def _replacing_who_dies(self) -> Iterator[None]:
+        """Go on without the segments and the evaluation that a death has interrupted."""
+        try:
+            yield
+        except ProcessDied as error:
+            self.run.recover(error, self._watched())
+            self.playing.clear()
+            if self.evaluating is not None:
+                self.run.reporter.note(f"the evaluation of step {self.evaluating.step} was interrupted by that")
+                self.evaluating = None
 
     def _wait_for_experience(self) -> None:
         """Give the learner what has arrived, and wait for more while it may not go on learning."""
         crew = self.run.crew
         with self.run.timed("wait_for_experience"):
-            while not self._may_learn() and not crew.stop.is_set():
-                wait_for_one([*self.playing[0].handles], watching=self._watched())
-                self._keep_playing()
+            while not crew.stop.is_set():
+                with self._replacing_who_dies():
+                    self._keep_playing()
+                    may_learn = self._may_learn()
+                    self._keep_playing()  # there is room again: the learner took in what waited
+                    if may_learn:
+                        return
+                    if self.playing:
+                        wait_for_one(self.playing[0].handles, watching=self._watched())
 
     def _may_learn(self) -> bool:
         crew, schedule = self.run.crew, self.run.schedule
-        progress = crew.ingest()
+        progress, self._waiting = crew.ingest(), 0
         if not crew.ready():
             return False
-        limit = schedule.max_updates_per_env_step
-        return limit is None or progress.updates + schedule.updates <= limit * progress.env_steps
+        limit, then = schedule.max_updates_per_env_step, progress.updates + schedule.updates
+        if limit is not None and then > limit * progress.env_steps:
+            return False
+        if schedule.max_staleness is None or then - self._oldest <= schedule.max_staleness:
+            return True
+        if self.run.published < progress.updates:
+            self.run.publish()  # so that what is played next is not too old again
+        return False
 
     def _wait_for(self, handle: Handle[Any]) -> None:
         """Wait for `handle` and keep the environments busy meanwhile; not to its end when the run is to stop."""
         while not handle.done and not self.run.crew.stop.is_set():
-            awaited = [handle, *(self.playing[0].handles if self.playing else ())]
-            wait_for_one(awaited, watching=self._watched())
-            self._keep_playing()
+            with self._replacing_who_dies():
+                awaited = [handle, *(self.playing[0].handles if self.playing else ())]
+                wait_for_one(awaited, watching=self._watched())
+                self._keep_playing()
 
     def _watched(self) -> list[Handle[Any]]:
         handles = [handle for collection in self.playing for handle in collection.handles]
@@ -139,10 +182,11 @@ class Asynchronous:
 
     def _finished_evaluation(self) -> dict[str, float]:
         """The metrics of the evaluation that has ended meanwhile, if one has."""
-        if self.evaluating is None or not self.evaluating.done:
-            return {}
-        metrics = self.evaluating.finish(self.run.reporter)
-        self.evaluating = None
+        metrics: dict[str, float] = {}
+        if self.evaluating is not None and self.evaluating.done:
+            with self._replacing_who_dies():
+                metrics = self.evaluating.finish(self.run.reporter)
+                self.evaluating = None
         return metrics
 
     def _last_evaluation(self, step: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
     <directory>/global_step_120/    manifest.json      what follows, with sizes and checksums
                                     model.safetensors  the acting policy
                                     learner.pt         networks, optimizers, counters, generators
-                                    buffers/<name>/    experience
+                                    buffers/<name>/    experience; of several learner ranks in rank_<r>/ each
                                     workers.pt         environments and exploration noise
     <directory>/latest              link to the newest complete one
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rlinf.core.errors import ProcessDied
+from rlinf.runtime.interface import Runtime
 from rlinf.runtime.local import STOP_TIMEOUT_S, Flag, Group, Handle, Weights
 from rlinf.workers.env_worker import EnvWorker, merge_episode_means
 from rlinf.workers.learner_worker import LearnerWorker, Progress
 from rlinf.workers.rollout_worker import RolloutWorker
+
+INTERRUPT_TIMEOUT_S = 60.0
+"""For calls to notice that their channels were closed; a step of a simulator comes to its end before."""
 
 
 class Reporter(Protocol):
@@ -55,15 +61,21 @@ class Collection:
         return self.playing.seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Crew:
-    """Who takes part in training. All look at the flag `stop`; the learner publishes on `weights`."""
+    """Who takes part in training. All look at the flag `stop`; the learner publishes on `weights`.
+
+    `runtime` replaces processes that die, up to `max_restarts` times; None where that is not wanted.
+    """
 
     env: Group[EnvWorker]
     rollout: Group[RolloutWorker]
     learner: Group[LearnerWorker]
     stop: Flag
     weights: Weights
+    runtime: Runtime | None = None
+    max_restarts: int = 0
+    restarts: int = 0
 
     def collect(self, chunks: int, segments: int) -> Collection:
         """Start playing `segments` times `chunks` action chunks in every environment."""
@@ -85,6 +97,31 @@ class Crew:
     def progress(self) -> Progress:
         """How far the learner has come."""
         return self.learner.run(LearnerWorker.report).wait()[0]
+
+    def recover(self, error: ProcessDied, interrupted: Iterable[Handle[Any]]) -> str:
+        """Replace the environments and policies that died, so that playing can begin anew. Says what was done.
+
+        What was being played is lost; what was shipped before and all that was learned is there.
+
+        Args:
+            error: that showed it.
+            interrupted: calls on environments and policies that it interrupted; their ends are waited for.
+
+        Raises `error` when a learner died, when there were too many deaths, or when the run is to end.
+        """
+        if self.runtime is None or self.restarts >= self.max_restarts or self.stop.is_set():
+            raise error
+        for handle in interrupted:
+            handle.failures(INTERRUPT_TIMEOUT_S)
+        dead = self.runtime.dead()
+        if not dead or set(dead) & set(self.learner.hosts):
+            raise error
+        self.restarts += 1
+        self.runtime.replace(dead)
+        self.env.run(EnvWorker.abandon, f"restart/{self.restarts}").wait()
+        self.publish()
+        left = self.max_restarts - self.restarts
+        return f"{error}. It was replaced; what was being played is played anew. Restarts left: {left}"
 
     def close(self) -> list[str]:
         """Close the environments and let the threads end. Returns what went wrong with that, in words."""

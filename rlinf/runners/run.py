@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
-from rlinf.core.errors import CheckpointError
+from rlinf.core.errors import CheckpointError, ProcessDied
 from rlinf.runners.checkpoint import CheckpointStore, save_run
 from rlinf.runners.crew import Crew, Reporter
 from rlinf.runners.evaluate import Evaluator
 from rlinf.runners.interrupt import StopOnSignals
 from rlinf.runners.schedule import Schedule
+from rlinf.runtime.local import Handle
 from rlinf.workers.learner_worker import Progress
 
 
@@ -46,6 +47,7 @@ class Run:
         self.kept = crew.progress()  # of the checkpoint written or read last
         self.times: dict[str, float] = {}
         self._steps_since_publication = schedule.sync_interval
+        self.published = -1
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -54,17 +56,23 @@ class Run:
         yield
         self.times[part] = self.times.get(part, 0.0) + time.perf_counter() - started
 
-    def publish(self) -> int:
-        """Publish the newest weights now; their version."""
+    def publish(self, *, wait: bool = True) -> int:
+        """Publish the newest weights now; their version. Without `wait`, training goes on while they travel."""
         with self.timed("sync_weights"):
             self._steps_since_publication = 0
-            return self.crew.publish()
+            self.published = self.crew.publish(wait=wait)
+            return self.published
 
-    def publish_if_due(self) -> None:
+    def publish_if_due(self, *, wait: bool = True) -> None:
         """Publish the newest weights once in `sync_interval` calls, the first one included."""
         if self._steps_since_publication >= self.schedule.sync_interval:
-            self.publish()
+            self.publish(wait=wait)
         self._steps_since_publication += 1
+
+    def recover(self, error: ProcessDied, interrupted: Iterable[Handle[Any]]) -> None:
+        """Replace what died and say so; see `Crew.recover`. Raises `error` where that cannot be."""
+        with self.timed("recovery"):
+            self.reporter.note(self.crew.recover(error, interrupted))
 
     def save(self, step: int) -> None:
         """Write a checkpoint, with nothing in flight. Only the last one must succeed: others are tried again later."""

@@ -22,6 +22,8 @@ class Schedule:
             start, before an evaluation and after a checkpoint.
         max_updates_per_env_step: asynchronous runs only: the learner waits for experience rather than make more
             updates than this per environment step of the whole run; None for no limit.
+        max_staleness: asynchronous runs only: the learner waits for what is being played rather than be more updates
+            ahead of the weights that play it; at least `updates`; None for no limit.
     """
 
     num_steps: int
@@ -34,6 +36,7 @@ class Schedule:
     overlap: bool = False
     sync_interval: int = 1
     max_updates_per_env_step: float | None = None
+    max_staleness: int | None = None
 
     def evaluates(self, step: int) -> bool:
         """Whether `step` ends with an evaluation."""

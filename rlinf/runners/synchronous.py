@@ -11,11 +11,13 @@ At a checkpoint nothing is in flight; the segment after it is played by the newe
 
 from __future__ import annotations
 
+from rlinf.core.errors import ProcessDied
 from rlinf.runners.checkpoint import CheckpointStore
 from rlinf.runners.crew import Collection, Crew, Reporter
 from rlinf.runners.evaluate import Evaluator
 from rlinf.runners.run import Run, drive, rates
 from rlinf.runners.schedule import Schedule
+from rlinf.runtime.local import Handle
 from rlinf.workers.learner_worker import LearnerWorker
 
 
@@ -46,14 +48,14 @@ class Synchronous:
         evaluation: dict[str, float] = {}
         before = crew.progress()
         with run.timed("step"):
-            collection = self.ahead or self._collect()
-            self.ahead = None
-            episodes = collection.wait()
+            collection, self.ahead = self.ahead or self._collect(), None
+            while not (episodes := self._episodes(collection)):
+                collection = self._collect()
             crew.ingest()
             if schedule.overlap and not schedule.saves(step):
                 self.ahead = self._collect()
             updating = crew.learner.run(LearnerWorker.update, schedule.updates)
-            [learned] = updating.wait(watching=self.ahead.handles if self.ahead else ())
+            learned = self._learned(updating)
             after = crew.progress()
             if run.evaluator is not None and schedule.evaluates(step):
                 evaluation = self._evaluate(run.evaluator, step)
@@ -67,6 +69,23 @@ class Synchronous:
         if self.ahead is not None:
             self.ahead.wait()
 
+    def _episodes(self, collection: Collection) -> dict[str, float]:
+        """What `Collection.wait` returns; nothing if it has to be collected again, because a process died."""
+        try:
+            return collection.wait()
+        except ProcessDied as error:
+            self.run.recover(error, collection.handles)
+            return {}
+
+    def _learned(self, updating: Handle[dict[str, float]]) -> dict[str, float]:
+        """The metrics of the updates, which are the same on all ranks."""
+        try:
+            return updating.wait(watching=self.ahead.handles if self.ahead else ())[0]
+        except ProcessDied as error:
+            self.run.recover(error, self.ahead.handles if self.ahead else ())
+            self.ahead = None  # it is collected when its turn comes
+            return updating.wait()[0]
+
     def _collect(self) -> Collection:
         self.run.publish_if_due()
         return self.run.crew.collect(self.run.schedule.chunks, self.run.schedule.segments)
@@ -77,6 +96,10 @@ class Synchronous:
         with run.timed("eval"):
             self.settle()
             run.publish()
-            if run.crew.stop.is_set():
-                return {}
-            return evaluator.run(run.reporter, step, film=run.schedule.films(step))
+            while not run.crew.stop.is_set():
+                evaluating = evaluator.start(step, film=run.schedule.films(step))
+                try:
+                    return evaluating.finish(run.reporter)
+                except ProcessDied as error:
+                    run.recover(error, evaluating.handles)
+            return {}

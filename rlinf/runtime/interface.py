@@ -40,6 +40,22 @@ class Runtime(Protocol):
         """Replica i, built by `builders[i]`, in process `hosts[i]`; builders can be pickled."""
         ...
 
+    def meeting_point(self, host: int) -> str:
+        """host:port at which processes can meet that of number `host`, which is to listen there."""
+        ...
+
+    def dead(self) -> list[int]:
+        """Numbers of the processes that have ended."""
+        ...
+
+    def replace(self, hosts: Sequence[int]) -> None:
+        """Start these processes anew, build in them again what was built in them, and open all channels again.
+
+        Only while nothing runs in the others. Items that wait in channels with `confirm` are kept. Weights have to be
+        published again. Raises WorkerDied where that cannot be done.
+        """
+        ...
+
     def close(self) -> None:
         """End everything."""
         ...

@@ -115,10 +115,11 @@ class Channel:
                 self._cause = cause
             self._changed.notify_all()
 
-    def reopen(self) -> None:
-        """Make a closed channel work again, empty."""
+    def reopen(self, *, keep: bool) -> None:
+        """Make a closed channel work again, with the items that wait in it or without."""
         with self._changed:
-            self._items.clear()
+            if not keep:
+                self._items.clear()
             self._cause = None
 
 
@@ -167,7 +168,7 @@ class Answering(Protocol):
         ...
 
 
-class _Replica:
+class Replica:
     """The only thread that ever touches one worker object; calls queue up and run in order."""
 
     def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
@@ -191,11 +192,13 @@ class _Replica:
             self.busy = False
 
     def submit(self, call: Callable[[], R]) -> Future[R]:
+        """Queue a call; its future result."""
         future: Future[R] = Future()
         self._calls.put((future, call))
         return future
 
     def end(self) -> None:
+        """Let the thread end after the calls that are queued."""
         self._calls.put(None)
 
     def whereabouts(self) -> str:
@@ -211,7 +214,7 @@ class _Replica:
         return f"at {at.filename}:{at.lineno}, in {at.name}"
 
 
-_REPLICAS: weakref.WeakSet[_Replica] = weakref.WeakSet()
+_REPLICAS: weakref.WeakSet[Replica] = weakref.WeakSet()
 
 
 def leave(code: int) -> NoReturn:
@@ -354,14 +357,17 @@ class Group(Generic[W]):
         self.name = name
         self._channels = tuple(channels)
         self._stop = stop
-        self._replicas: list[_Replica] = [
-            _Replica(f"{name}[{rank}]", self._on_failure) for rank in range(len(builders))
-        ]
+        self._replicas: list[Replica] = [Replica(f"{name}[{rank}]", self._on_failure) for rank in range(len(builders))]
         building = [(r, r.submit(build)) for r, build in zip(self._replicas, builders, strict=True)]
         self._workers = Handle(f"building {name}", building, stop).wait(build_timeout_s)
 
     def __len__(self) -> int:
         return len(self._replicas)
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """Number of the process of each replica."""
+        return (0,) * len(self)
 
     def _on_failure(self, error: BaseException) -> None:
         cause = error.cause if isinstance(error, ChannelClosed) else error
@@ -415,6 +421,17 @@ class LocalRuntime:
     ) -> Group[W]:
         """Replicas with a thread each; the numbers of processes in `hosts` make no difference here."""
         return Group(name, builders, channels=channels, stop=stop)
+
+    def meeting_point(self, host: int) -> str:
+        """None is needed: there is one process."""
+        return ""
+
+    def dead(self) -> list[int]:
+        """None: the one process would have died with the caller."""
+        return []
+
+    def replace(self, hosts: Sequence[int]) -> None:
+        """Nothing: see `dead`."""
 
     def close(self) -> None:
         """Nothing: the threads end with their groups."""

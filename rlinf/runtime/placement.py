@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlinf.core.errors import ConfigError
-from rlinf.runtime.placement_text import EVERYWHERE, KEY, RolePlacement, Span, check_divides, did_you_mean, read_placement
+from rlinf.runtime.placement_text import (
+    EVERYWHERE,
+    KEY,
+    RolePlacement,
+    Span,
+    check_divides,
+    did_you_mean,
+    read_placement,
+)
 from rlinf.runtime.routes import Routes, make_routes
 
 NODES_ALONE = "node"

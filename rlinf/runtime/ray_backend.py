@@ -7,20 +7,15 @@ weights on every machine. What workers say to each other meanwhile goes over `ex
 A process hosts any number of replicas, each with a thread of its own, exactly as in `local`: an environment worker and
 the policy that answers it are put into one process where the placement allows, and their messages stay there.
 
-Only this module and the tests know Ray.
+Only this module, `ray_process`, which runs in the processes, and `cluster` know Ray.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import os
 import secrets
-import socket
 import sys
 import threading
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -32,18 +27,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from rlinf.core.errors import WorkerDied
-from rlinf.runtime.exchange import Address, RoutedChannel, as_array, as_tensor, open_exchange, this_exchange
-from rlinf.runtime.local import (
-    CHANNEL_TIMEOUT_S,
-    Channel,
-    ChannelClosed,
-    Flag,
-    Group,
-    Handle,
-    Weights,
-    _Replica,
-)
+from rlinf.core.errors import ProcessDied, WorkerDied
+from rlinf.runtime.cluster import alive
+from rlinf.runtime.exchange import Address, RoutedChannel, as_array
+from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Flag, Group, Handle, Weights
+from rlinf.runtime.ray_process import Build, Call, Host, HostedWeights, Outcome, pack_error, process_flag, unpack_error
 
 W = TypeVar("W")
 P = ParamSpec("P")
@@ -72,183 +60,6 @@ class Seat:
     python: str | None = None
 
 
-# ---- in the processes
-
-
-class _Host:
-    """The actor that is a process of the run. All its methods run on one event loop; replicas have threads."""
-
-    def __init__(self, index: int, ip: str, key: bytes, path: list[str], prepare: bytes) -> None:
-        # What the driver could import by name is sent by name.
-        sys.path += [entry for entry in path if entry not in sys.path]
-        cloudpickle.loads(prepare)()
-        # Published weights are read where they lie, in memory shared by the processes of a machine.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self._exchange = open_exchange(index, ip, key)
-        self._replicas: dict[int, _Replica] = {}
-        self._workers: dict[int, Any] = {}
-        self._expected: dict[int, int] = {}
-        self._early: dict[tuple[int, int], tuple[Callable[[], Any], Future[Any]]] = {}
-        self._peers: dict[int, Any] = {}
-        _weights_of_process.clear()
-        _flags_of_process.clear()
-
-    async def introduce(self) -> tuple[Address, int, str]:
-        """Where this process listens, its number on its machine, and the machine's name."""
-        return self._exchange.address, os.getpid(), socket.gethostname()
-
-    async def meet(self, addresses: dict[int, Address], peers: dict[int, Any]) -> None:
-        """Learn who else takes part."""
-        self._exchange.meet(addresses)
-        _peers_of_process.clear()
-        _peers_of_process.update(peers)
-
-    async def call(self, replica: int, number: int, blob: bytes) -> _Outcome:
-        """Run call `number` of a replica, which gets its calls in this order whatever the order of arrival."""
-        if replica not in self._replicas:
-            self._expected[replica] = 0
-            self._replicas[replica] = _Replica(f"replica {replica}", lambda error: None)
-        future: Future[Any] = Future()
-        self._early[replica, number] = (lambda: self._run(replica, blob), future)
-        while (turn := (replica, self._expected[replica])) in self._early:
-            call, answer = self._early.pop(turn)
-            self._expected[replica] += 1
-            _forward(self._replicas[replica].submit(call), answer)
-        try:
-            return _Outcome(value=await asyncio.wrap_future(future))
-        except BaseException as error:  # the process' edge: whatever it is belongs to the caller
-            return _Outcome(error=pack_error(error), trace="".join(traceback.format_exception(error)))
-
-    def _run(self, replica: int, blob: bytes) -> Any:
-        call = cloudpickle.loads(blob)
-        if isinstance(call, _Build):
-            self._workers[replica] = call.builder()
-            return None
-        return call.method(self._workers[replica], *call.args, **call.kwargs)
-
-    async def whereabouts(self, replica: int) -> str:
-        """The line that the replica is at."""
-        return self._replicas[replica].where() if replica in self._replicas else "not built"
-
-    async def set_flag(self, name: str, reason: str) -> None:
-        """Throw the switch in this process."""
-        _process_flag(name).set(reason)
-
-    async def close_channels(self, names: Sequence[str], cause: bytes) -> None:
-        """Wake whoever waits on these channels in this process."""
-        for name in names:
-            self._exchange.channel(name).close(unpack_error(cause))
-
-    async def reopen_channels(self, names: Sequence[str]) -> None:
-        """Make closed channels work again, empty."""
-        for name in names:
-            self._exchange.channel(name).reopen()
-
-    async def take_weights(self, name: str, version: int, state: Any) -> None:
-        """Make `state`, arrays in shared memory, what readers of this process get."""
-        tensors = {key: as_tensor(array, dtype) for key, (array, dtype) in state.items()}
-        _process_weights(name).publish(version, tensors)
-
-    async def copy_weights(self, source: str, target: str) -> int:
-        """Publish under `target` what is published under `source`; its version, -1 for nothing."""
-        if (newest := _process_weights(source).newer_than(-1)) is None:
-            return -1
-        _process_weights(target).publish(*newest)
-        return newest[0]
-
-
-@dataclass(frozen=True)
-class _Build:
-    builder: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class _Call:
-    method: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    value: Any = None
-    error: bytes | None = None
-    trace: str = ""
-
-
-def _forward(source: Future[Any], target: Future[Any]) -> None:
-    def hand_over(ended: Future[Any]) -> None:
-        if (error := ended.exception()) is not None:
-            target.set_exception(error)
-        else:
-            target.set_result(ended.result())
-
-    source.add_done_callback(hand_over)
-
-
-def pack_error(error: BaseException) -> bytes:
-    """An exception for another process; its constructor, which may want other arguments, is not called there."""
-    if isinstance(error, ChannelClosed):
-        return cloudpickle.dumps((ChannelClosed, (error.name, pack_error(error.cause)), {}))
-    try:
-        own = cloudpickle.dumps((type(error), error.args, error.__dict__))
-        unpack_error(own)
-    except Exception:  # whatever its own code raises when it is copied
-        return cloudpickle.dumps((RuntimeError, (f"{type(error).__name__}: {error}",), {}))
-    return own
-
-
-def unpack_error(blob: bytes) -> BaseException:
-    """Inverse of `pack_error`."""
-    kind, args, state = cloudpickle.loads(blob)
-    if kind is ChannelClosed:
-        return ChannelClosed(args[0], unpack_error(args[1]))
-    error = kind.__new__(kind, *args)
-    error.__dict__.update(state)
-    return error
-
-
-_weights_of_process: dict[str, Weights] = {}
-_flags_of_process: dict[str, Flag] = {}
-_peers_of_process: dict[int, Any] = {}
-
-
-def _process_weights(name: str) -> Weights:
-    return _weights_of_process.setdefault(name, Weights())
-
-
-def _process_flag(name: str) -> Flag:
-    return _flags_of_process.setdefault(name, Flag())
-
-
-class _HostedWeights(Weights):
-    """The weights of a name as a process of the run sees them."""
-
-    def __init__(self, name: str, readers: Sequence[int]) -> None:
-        super().__init__()
-        self.name, self.readers = name, tuple(readers)
-
-    def publish(self, version: int, state: dict[str, Tensor], *, wait: bool = True) -> None:
-        """Put one copy into Ray's object store, from which every reader's machine gets one."""
-        here = this_exchange().index
-        if here in self.readers:
-            _process_weights(self.name).publish(version, state)
-        others = [index for index in self.readers if index != here]
-        if not others:
-            return
-        shared = ray.put({key: as_array(tensor) for key, tensor in state.items()})
-        taken = [_peers_of_process[index].take_weights.remote(self.name, version, shared) for index in others]
-        if wait:
-            ray.get(taken, timeout=CHANNEL_TIMEOUT_S)
-
-    def newer_than(self, version: int) -> tuple[int, dict[str, Tensor]] | None:
-        """See Weights."""
-        return _process_weights(self.name).newer_than(version)
-
-
-# ---- at the driver
-
-
 class RayFlag(Flag):
     """A flag that is thrown in all processes when it is thrown at the driver, by a signal handler for instance."""
 
@@ -262,7 +73,7 @@ class RayFlag(Flag):
         runtime.tell_all("set_flag", self.name, self.reason)
 
     def __reduce__(self) -> Any:
-        return _process_flag, (self.name,)
+        return process_flag, (self.name,)
 
 
 class RayChannel(RoutedChannel):
@@ -285,7 +96,7 @@ class RayWeights(Weights):
         self._runtime, self.name, self.readers = runtime, name, tuple(readers)
 
     def __reduce__(self) -> Any:
-        return _HostedWeights, (self.name, self.readers)
+        return HostedWeights, (self.name, self.readers)
 
     def publish(self, version: int, state: dict[str, Tensor], *, wait: bool = True) -> None:
         """See Weights."""
@@ -311,14 +122,14 @@ class _RemoteReplica:
         self._runtime, self.name, self.host = runtime, name, host
         self._id, self._numbers = runtime.new_number(), itertools.count()
 
-    def submit(self, call: _Build | _Call) -> Future[Any]:
+    def submit(self, call: Build | Call) -> Future[Any]:
         blob = cloudpickle.dumps(call)
         answer: Future[Any] = Future()
         sent = self._runtime.actor(self.host).call.remote(self._id, next(self._numbers), blob)
         sent.future().add_done_callback(lambda ended: self._take(ended, answer))
         return answer
 
-    def _take(self, ended: Future[_Outcome], answer: Future[Any]) -> None:
+    def _take(self, ended: Future[Outcome], answer: Future[Any]) -> None:
         if (problem := ended.exception()) is not None:
             answer.set_exception(self._died(problem))
             return
@@ -333,7 +144,7 @@ class _RemoteReplica:
     def _died(self, problem: BaseException) -> BaseException:
         if not isinstance(problem, RayActorError):
             return problem
-        return HostDied(f"{self.name} is gone: the process {self._runtime.describe(self.host)} ended", self.host)
+        return ProcessDied(f"{self.name} is gone: the process {self._runtime.describe(self.host)} ended", self.host)
 
     def whereabouts(self) -> str:
         """The line that it is at, if its process says so in time."""
@@ -342,14 +153,6 @@ class _RemoteReplica:
         except (RayError, GetTimeoutError):
             where = "its process does not answer"
         return f"{self.name} ({where}), {self._runtime.describe(self.host)}"
-
-
-class HostDied(WorkerDied):
-    """A process of the run ended by itself or was killed; `host` is its number."""
-
-    def __init__(self, message: str, host: int) -> None:
-        super().__init__(message)
-        self.host = host
 
 
 class RayGroup(Group[W]):
@@ -368,24 +171,41 @@ class RayGroup(Group[W]):
     ) -> None:
         """Build replica i with `builders[i]`, which can be pickled, in process number `hosts[i]`."""
         self.name, self._channels, self._stop = name, tuple(channels), stop
-        self._remote = [_RemoteReplica(runtime, f"{name}[{rank}]", host) for rank, host in enumerate(hosts)]
-        self._builders = tuple(builders)
-        self._begin("building", [_Build(builder) for builder in builders]).wait(build_timeout_s)
+        self._runtime = runtime
+        self._builders, self._hosts, self._build_timeout_s = tuple(builders), tuple(hosts), build_timeout_s
+        self._remote = [self._replica(runtime, rank) for rank in range(len(hosts))]
+        self._begin("building", [Build(builder) for builder in builders]).wait(build_timeout_s)
+
+    def _replica(self, runtime: RayRuntime, rank: int) -> _RemoteReplica:
+        return _RemoteReplica(runtime, f"{self.name}[{rank}]", self._hosts[rank])
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """See Group."""
+        return self._hosts
+
+    def rebuild(self, hosts: Sequence[int]) -> None:
+        """Build the replicas in processes `hosts`, which are new."""
+        ranks = [rank for rank, host in enumerate(self._hosts) if host in hosts]
+        for rank in ranks:
+            self._remote[rank] = self._replica(self._runtime, rank)
+        building = [(self._remote[rank], self._remote[rank].submit(Build(self._builders[rank]))) for rank in ranks]
+        Handle(f"{self.name}.building", building, self._stop).wait(self._build_timeout_s)
 
     def __len__(self) -> int:
         return len(self._remote)
 
     def run(self, method: Callable[Concatenate[W, P], R], *args: P.args, **kwargs: P.kwargs) -> Handle[R]:
         """See Group."""
-        return self._begin(_name_of(method), [_Call(method, args, kwargs)] * len(self))
+        return self._begin(_name_of(method), [Call(method, args, kwargs)] * len(self))
 
     def run_each(self, method: Callable[[W, Any], R], arguments: Sequence[Any]) -> Handle[R]:
         """See Group."""
         if len(arguments) != len(self):
             raise ValueError(f"{self.name} has {len(self)} replicas but got {len(arguments)} arguments")
-        return self._begin(_name_of(method), [_Call(method, (argument,), {}) for argument in arguments])
+        return self._begin(_name_of(method), [Call(method, (argument,), {}) for argument in arguments])
 
-    def _begin(self, what: str, calls: Sequence[_Build | _Call]) -> Handle[Any]:
+    def _begin(self, what: str, calls: Sequence[Build | Call]) -> Handle[Any]:
         started = [(replica, replica.submit(call)) for replica, call in zip(self._remote, calls, strict=True)]
         for _, future in started:
             future.add_done_callback(self._note_failure)
@@ -415,6 +235,8 @@ class RayRuntime:
         self.seats = tuple(seats)
         self._key, self._prepare = secrets.token_bytes(32), cloudpickle.dumps(prepare)
         self._counter = itertools.count()
+        self._groups: list[RayGroup[Any]] = []
+        self._kept: dict[str, bool] = {}
         self._introductions: dict[int, tuple[Address, int, str]] = {}
         self._actors = {index: self._start(index) for index in range(len(seats))}
         self._introduce_all()
@@ -425,7 +247,7 @@ class RayRuntime:
         if seat.python is not None:
             environment["py_executable"] = seat.python
         return (
-            ray.remote(_Host)
+            ray.remote(Host)
             .options(
                 name=f"rlinf {secrets.token_hex(4)} {seat.name}",
                 # Without this an actor keeps one CPU for itself, and three roles on two CPUs wait for ever.
@@ -440,7 +262,11 @@ class RayRuntime:
     def _introduce_all(self) -> None:
         for index, actor in self._actors.items():
             if index not in self._introductions:
-                self._introductions[index] = self._answer(actor.introduce.remote(), index, CHANNEL_TIMEOUT_S)
+                *introduction, problem = self._answer(actor.introduce.remote(), index, CHANNEL_TIMEOUT_S)
+                self._introductions[index] = tuple(introduction)
+                if problem is not None:
+                    self.close()
+                    raise unpack_error(problem)
         addresses = {index: address for index, (address, _, _) in self._introductions.items()}
         for index, actor in self._actors.items():
             self._answer(actor.meet.remote(addresses, self._actors), index, ANSWER_TIMEOUT_S)
@@ -451,7 +277,7 @@ class RayRuntime:
         except GetTimeoutError as error:
             raise WorkerDied(f"the process {self.describe(index)} gave no answer for {timeout_s:g} s") from error
         except RayActorError as error:
-            raise HostDied(f"the process {self.describe(index)} ended: {error}", index) from error
+            raise ProcessDied(f"the process {self.describe(index)} ended: {error}", index) from error
 
     def actor(self, host: int) -> Any:
         """The actor that is process number `host`."""
@@ -487,6 +313,7 @@ class RayRuntime:
 
     def channel(self, name: str, owners: Mapping[Any, int], *, confirm: bool = False) -> Channel:
         """A channel whose items of key k are taken out in process `owners[k]`."""
+        self._kept[name] = confirm
         return RayChannel(self, name, owners, confirm=confirm)
 
     def weights(self, name: str, readers: Iterable[int]) -> Weights:
@@ -503,7 +330,41 @@ class RayRuntime:
         stop: Flag | None = None,
     ) -> Group[W]:
         """Replicas in the given processes."""
-        return RayGroup(self, name, builders, hosts, channels=channels, stop=stop)
+        group = RayGroup(self, name, builders, hosts, channels=channels, stop=stop)
+        self._groups.append(group)
+        return group
+
+    def dead(self) -> list[int]:
+        """See Runtime."""
+        asked = {index: actor.introduce.remote() for index, actor in self._actors.items()}
+        return [index for index, reference in asked.items() if self._is_dead(index, reference)]
+
+    def _is_dead(self, index: int, reference: Any) -> bool:
+        try:
+            self._answer(reference, index, ANSWER_TIMEOUT_S)
+        except ProcessDied:
+            return True
+        return False
+
+    def replace(self, hosts: Sequence[int]) -> None:
+        """See Runtime."""
+        there = {machine.node_id for machine in alive()}
+        for index in hosts:
+            if self.seats[index].node_id not in there:
+                raise WorkerDied(f"the machine of {self.describe(index)} has left the run")
+        for index in hosts:
+            ray.kill(self._actors[index])
+            del self._introductions[index]
+            self._actors[index] = self._start(index)
+        self._introduce_all()
+        self.tell("reopen_channels", self._actors, self._kept)
+        for group in self._groups:
+            group.rebuild(hosts)
+
+    def meeting_point(self, host: int) -> str:
+        """See Runtime. The port was free a moment ago."""
+        [port] = self.tell("free_port", [host])
+        return f"{self.seats[host].ip}:{port}"
 
     def close(self) -> None:
         """End all processes."""

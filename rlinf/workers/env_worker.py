@@ -18,7 +18,7 @@ from rlinf.core.errors import NonFiniteError, RlinfError, ShapeError
 from rlinf.core.protocols import VectorEnv
 from rlinf.core.seeding import derive_seed
 from rlinf.core.types import ActionOut, EnvStep, Obs
-from rlinf.data.trajectory import TrajectoryBuilder
+from rlinf.data.trajectory import TrajectoryBuilder, split_by_env
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Flag
 from rlinf.workers.finite import non_finite
 
@@ -92,8 +92,9 @@ class EnvWorker:
 
     Observations go out on `obs` and actions come back on `actions`, both under the key (rank, stage); None on
     `obs` says that this source asks no more for now. Trajectories go to `experience`, which evaluation does
-    not use: those of stage i under the key `learners[i]`, the rank of the learner that they are for (None: all are
-    for the first). The order of everything that a source sends is fixed, so a run is a function of its seeds.
+    not use: those of stage i under the keys `learners[i]`, the ranks of the learners that share them by environments
+    (None: all are for the first). The order of everything that a source sends is fixed, so a run is a function of its
+    seeds.
     """
 
     def __init__(
@@ -108,10 +109,10 @@ class EnvWorker:
         num_action_chunks: int,
         seed: int,
         auto_reset: bool = True,
-        learners: Sequence[int] | None = None,
+        learners: Sequence[Sequence[int]] | None = None,
         timeout_s: float = CHANNEL_TIMEOUT_S,
     ) -> None:
-        self._learners = list(learners) if learners is not None else [0] * len(stages)
+        self._learners = list(learners) if learners is not None else [(0,)] * len(stages)
         self.rank, self.stages = rank, list(stages)
         self.obs, self.actions, self.experience, self.stop = obs, actions, experience, stop
         self.num_action_chunks, self.seed = num_action_chunks, seed
@@ -120,7 +121,7 @@ class EnvWorker:
         self._builders = [TrajectoryBuilder(source, auto_reset=auto_reset) for source in self._sources]
         self._current: list[Obs] = []
         self._continues = False
-        self._global_step = 0
+        self._beginning = "step/0"
         # Records are small here, and a second OpenMP thread would spin against the learner's.
         torch.set_num_threads(1)
 
@@ -163,8 +164,9 @@ class EnvWorker:
             if last:
                 break
         self._continues = True
-        for builder, learner in zip(self._builders, self._learners, strict=True):
-            self.experience.put(builder.build(), key=learner)
+        for builder, learners in zip(self._builders, self._learners, strict=True):
+            for learner, part in zip(learners, split_by_env(builder.build(), len(learners)), strict=True):
+                self.experience.put(part, key=learner)
 
     def evaluate(self, episodes_per_env: int, chunks: int, seed: int, num_recorded: int = 0) -> Evaluation:
         """Play exactly `episodes_per_env` episodes in every environment, each begun by a seeded reset.
@@ -227,7 +229,7 @@ class EnvWorker:
         Environments that are not Resumable go on with fresh episodes, seeded by the step: the run that saves
         and the run that resumes continue alike.
         """
-        self._global_step = global_step
+        self._beginning = f"step/{global_step}"
         self._continues = False
         exact = self._current and all(isinstance(env, Resumable) for env in self.stages)
         if not exact:
@@ -238,7 +240,8 @@ class EnvWorker:
 
     def restore(self, saved: tuple[int, dict[str, Any]]) -> None:
         """Continue from (global step, what `checkpoint` returned at that step)."""
-        self._global_step, state = saved
+        global_step, state = saved
+        self._beginning = f"step/{global_step}"
         self._continues = False
         self._current = []
         if not state:
@@ -251,13 +254,17 @@ class EnvWorker:
             env.load_state_dict(inner)
         self._current = state["current"]
 
+    def abandon(self, name: str) -> None:
+        """Forget the segment that was interrupted; the next one begins fresh episodes, seeded by `name`."""
+        self._current, self._continues, self._beginning = [], False, name
+
     def close(self) -> None:
         """Close every environment."""
         for env in self.stages:
             env.close()
 
     def _begin_episodes(self) -> None:
-        names = [f"stage/{stage}/step/{self._global_step}" for stage in range(len(self.stages))]
+        names = [f"stage/{stage}/{self._beginning}" for stage in range(len(self.stages))]
         seeds = [derive_seed(self.seed, name) for name in names]
         self._current = [self._reset(stage, seed) for stage, seed in enumerate(seeds)]
 

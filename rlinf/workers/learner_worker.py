@@ -1,6 +1,9 @@
 """Feeds experience to an algorithm and publishes what the algorithm wants acted upon.
 
 In the configuration this role is called `actor`, the name that upstream gave it.
+
+Over several ranks there is a worker on each, with its own part of the experience. Whatever is called on one is called
+on all: they update together, fail together, and report the same; rank 0 publishes, and writes what all have in common.
 """
 
 from __future__ import annotations
@@ -8,14 +11,16 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlinf.core.errors import CheckpointError, NonFiniteError
 from rlinf.core.protocols import Algorithm
+from rlinf.core.ranks import ONE_RANK, Ranks
 from rlinf.core.types import Trajectory
-from rlinf.metrics.aggregate import MetricMean
+from rlinf.metrics.aggregate import MetricMean, mean_of_ranks, whole_buffer
 from rlinf.runtime.local import Channel, Flag, Weights
 from rlinf.workers.finite import non_finite
 from rlinf.workers.state_files import load_state, save_state, save_weights
@@ -29,8 +34,8 @@ BUFFERS = "buffers"
 class Progress:
     """How far a learner has come.
 
-    `env_steps` counts single environment steps (not chunks) that were played and taken in, `updates` the
-    calls of `Algorithm.update`.
+    `env_steps` counts single environment steps (not chunks) that were played and taken in by all ranks, `updates`
+    the calls of `Algorithm.update` on each.
     """
 
     env_steps: int = 0
@@ -38,9 +43,10 @@ class Progress:
 
 
 class LearnerWorker:
-    """Hosts one algorithm. Takes from `experience` what is for its `rank`.
+    """Hosts one algorithm, or one rank of it. Takes from `experience` what is for its rank.
 
-    `num_threads` is the thread count of torch in the thread that builds and runs this worker.
+    `ranks` is that of the algorithm; `num_threads` the thread count of torch in the thread that builds and runs this
+    worker.
     """
 
     def __init__(
@@ -50,25 +56,26 @@ class LearnerWorker:
         weights: Weights,
         stop: Flag,
         *,
-        rank: int = 0,
+        ranks: Ranks = ONE_RANK,
         num_threads: int = 1,
     ) -> None:
-        self.rank = rank
         self.algorithm, self.experience, self.weights, self.stop = algorithm, experience, weights, stop
+        self.ranks = ranks
         self.progress = Progress()
         self._staleness: list[int] = []
         torch.set_num_threads(num_threads)
 
     def ingest(self) -> Progress:
         """Give the algorithm every trajectory that waits, in an order that does not depend on timing."""
-        trajectories: list[Trajectory] = self.experience.drain(key=self.rank)
+        trajectories: list[Trajectory] = self.experience.drain(key=self.ranks.rank)
         # Stable: segments of one source keep their order. Sources are told apart by rank and stage.
         trajectories.sort(key=lambda trajectory: trajectory.source)
-        env_steps = self.progress.env_steps
+        played = 0
         for trajectory in trajectories:
             self.algorithm.observe(trajectory)
             self._staleness.append(self.progress.updates - max(trajectory.version, 0))
-            env_steps += int(trajectory.valid.sum()) * trajectory.reward.shape[-1]
+            played += int(trajectory.valid.sum()) * trajectory.reward.shape[-1]
+        env_steps = self.progress.env_steps + sum(self.ranks.gather(played))
         self.progress = Progress(env_steps, self.progress.updates)
         return self.progress
 
@@ -85,13 +92,13 @@ class LearnerWorker:
 
         Returns, all without the `train/` prefix, the means of its metrics, the statistics of its buffers, and
         `staleness/mean` and `staleness/max` of the segments taken in since the last call: how many updates older
-        than the learner the weights were that played them, the oldest of each segment.
-        Raises NonFiniteError when a loss was NaN or infinite.
+        than the learner the weights were that played them, the oldest of each segment. All are over all ranks.
+        Raises NonFiniteError when a loss was NaN or infinite on any of them.
         """
         metrics, losses = MetricMean(), dict[str, list[tuple[int, Tensor | float]]]()
         if self.algorithm.ready():
             for _ in range(epochs):
-                if self.stop.is_set():
+                if self.ranks.any(self.stop.is_set()):
                     break
                 if not (latest := self.algorithm.update()):
                     break
@@ -101,62 +108,86 @@ class LearnerWorker:
                     if tag.endswith("loss"):
                         kept = value.detach().clone() if isinstance(value, Tensor) else value
                         losses.setdefault(tag, []).append((self.progress.updates, kept))
-        means = metrics.mean()
+        means = mean_of_ranks(self.ranks.gather(metrics.mean()))
         for tag, values in losses.items():
             if not math.isfinite(means[tag]):
-                number, bad = next(pair for pair in values if not math.isfinite(float(pair[1])))
+                own = [(number, float(value)) for number, value in values]
+                number, bad = min(p for part in self.ranks.gather(own) for p in part if not math.isfinite(p[1]))
                 raise NonFiniteError(
-                    f"train/{tag} is {float(bad)} at update {number}; the weights were not published. Resume "
+                    f"train/{tag} is {bad} at update {number}; the weights were not published. Resume "
                     "from the last checkpoint with a smaller learning rate or with gradient clipping "
                     "(actor.optim.lr, actor.optim.clip_grad)"
                 )
         for name, buffer in self.algorithm.buffers().items():
-            means |= {f"{name}/{tag}": value for tag, value in buffer.statistics().items()}
-        if stale := self._staleness:
+            statistics = whole_buffer(self.ranks.gather(buffer.statistics()))
+            means |= {f"{name}/{tag}": value for tag, value in statistics.items()}
+        if stale := [updates for part in self.ranks.gather(self._staleness) for updates in part]:
             means |= {"staleness/mean": sum(stale) / len(stale), "staleness/max": float(max(stale))}
-            self._staleness = []
+        self._staleness = []
         return means
 
     def publish(self, wait: bool = True) -> int:
-        """Publish the acting weights. Returns their version. Without `wait` they may still be on their way.
+        """Publish the acting weights, those of rank 0. Returns their version.
 
-        Raises NonFiniteError, before anything is published, when they hold NaN or infinity.
+        Without `wait` they may still be on their way.
+
+        Raises NonFiniteError, before anything is published, when they hold NaN or infinity on any rank.
         """
         version, state = self.algorithm.acting_weights()
-        if bad := non_finite(state):
+        if bad := self._non_finite(state):
             raise NonFiniteError(
-                f"weights '{bad[0]}' of the policy are not finite after {self.progress.updates} updates; they "
+                f"weights '{bad}' of the policy are not finite after {self.progress.updates} updates; they "
                 "were not published. Resume from the last checkpoint with a smaller actor.optim.lr"
             )
-        self.weights.publish(version, state, wait=wait)
+        if self.ranks.rank == 0:
+            self.weights.publish(version, state, wait=wait)
         return version
 
+    def _non_finite(self, state: dict[str, Any]) -> str | None:
+        """Path of a tensor in `state` that is not finite, on whichever rank."""
+        bad = non_finite(state)
+        return next((path for path in self.ranks.gather(bad and bad[0]) if path), None)
+
     def save(self, directory: Path) -> Progress:
-        """Write policy, learner state and buffers into `directory`. Raises CheckpointError."""
+        """Write policy, learner state and buffers into `directory`, which all ranks see. Raises CheckpointError."""
         state = self.algorithm.state_dict()
-        if bad := non_finite(state):
-            raise CheckpointError(f"nothing was saved, because '{bad[0]}' of the learner is not finite")
-        save_weights(directory / POLICY_FILE, *self.algorithm.acting_weights())
-        save_state(directory / LEARNER_FILE, {"algorithm": state, "progress": asdict(self.progress)})
+        if bad := self._non_finite(state):
+            raise CheckpointError(f"nothing was saved, because '{bad}' of the learner is not finite")
+        if self.ranks.rank == 0:
+            save_weights(directory / POLICY_FILE, *self.algorithm.acting_weights())
+            content = {"algorithm": state, "progress": asdict(self.progress), "ranks": self.ranks.size}
+            save_state(directory / LEARNER_FILE, content)
         for name, buffer in self.algorithm.buffers().items():
-            target = directory / BUFFERS / name
+            target = _buffer_directories(directory, name, self.ranks.size)[self.ranks.rank]
             target.mkdir(parents=True)
             buffer.save(str(target))
         return self.progress
 
     def load(self, directory: Path) -> Progress:
-        """Inverse of `save`. Raises CheckpointError naming what is missing or does not fit."""
+        """Inverse of `save`, also by another number of ranks, over which the buffers are then dealt out anew.
+
+        Raises CheckpointError naming what is missing or does not fit.
+        """
         state = load_state(directory / LEARNER_FILE)
         if not {"algorithm", "progress"} <= state.keys():
             raise CheckpointError(f"{directory / LEARNER_FILE} is not a learner's state; choose another checkpoint")
         self.algorithm.load_state_dict(state["algorithm"])
         for name, buffer in self.algorithm.buffers().items():
-            source = directory / BUFFERS / name
-            if not source.is_dir():
+            sources = _buffer_directories(directory, name, state.get("ranks", 1))
+            if missing := [source for source in sources if not source.is_dir()]:
                 raise CheckpointError(
-                    f"{source} is missing: the checkpoint was made without this buffer; "
+                    f"{missing[0]} is missing: the checkpoint was made without this buffer; "
                     f"remove '{name}' from the configuration or choose another checkpoint"
                 )
-            buffer.load(str(source))
+            if len(sources) == self.ranks.size:
+                buffer.load(str(sources[self.ranks.rank]))
+            else:
+                buffer.load_share([str(source) for source in sources], self.ranks.rank, self.ranks.size)
         self.progress = Progress(**state["progress"])
         return self.progress
+
+
+def _buffer_directories(directory: Path, name: str, size: int) -> list[Path]:
+    """Where each of `size` ranks keeps its part of a buffer."""
+    whole = directory / BUFFERS / name
+    return [whole] if size == 1 else [whole / f"rank_{rank}" for rank in range(size)]

@@ -113,10 +113,10 @@ def test_an_evaluation_keeps_its_weights_while_training_goes_on(tmp_path):
     actor = CountingActor()
     actor.before_act = lambda: acted.append(int(actor.updates))
     evaluator = build_evaluator(
-        [[CountingEnv(3, before_step=slow(0.05))]], actor, Weights(), episodes_per_env=1, chunks=4, seed=0
+        [[CountingEnv(3, before_step=slow(0.02))]], actor, Weights(), episodes_per_env=1, chunks=4, seed=0
     )
     algorithm, reporter = run(
-        tmp_path, [[CountingEnv(2)]], CountingAlgorithm(slow(0.01)), evaluator=evaluator,
+        tmp_path, [[CountingEnv(2)]], CountingAlgorithm(slow(0.02)), evaluator=evaluator,
         num_steps=30, chunks=3, updates=2, eval_interval=12,
     )  # fmt: skip
     assert algorithm.updates == 60

@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from rlinf.metrics.aggregate import MetricMean
+from rlinf.metrics.aggregate import MetricMean, mean_of_ranks, whole_buffer
 
 
 def test_mean_over_tensors_and_numbers():
@@ -65,3 +66,30 @@ def test_empty_mean_is_empty():
 def test_more_than_one_element_is_refused():
     with pytest.raises(RuntimeError):
         MetricMean().add({"loss": torch.zeros(2)})
+
+
+def test_ranks_count_alike_where_they_have_a_tag():
+    assert mean_of_ranks([{"a": 1.0, "b": 2.0}, {"b": 4.0}]) == {"a": 1.0, "b": 3.0}
+    assert mean_of_ranks([{"a": 0.1}]) == {"a": 0.1}
+
+
+def statistics(rewards):
+    return {
+        "size": float(len(rewards)),
+        "utilization": len(rewards) / 10,
+        "max_reward": float(max(rewards, default=0)),
+        "min_reward": float(min(rewards, default=0)),
+        "mean_reward": float(np.mean(rewards)) if rewards else 0.0,
+        "std_reward": float(np.std(rewards)) if rewards else 0.0,
+    }
+
+
+@pytest.mark.parametrize("parts", [([1.0, 4.0], [2.0, 2.0, -7.0], [3.0]), ([-1.0, -2.0], []), ([], [])])
+def test_a_buffer_in_parts_has_the_statistics_of_the_whole(parts):
+    whole = statistics([reward for part in parts for reward in part])
+    whole["utilization"] /= len(parts)
+    assert whole_buffer([statistics(part) for part in parts]) == pytest.approx(whole)
+
+
+def test_the_statistics_of_a_buffer_in_one_part_are_its_own():
+    assert whole_buffer([{"size": 3.0, "other": 0.1}]) == {"size": 3.0, "other": 0.1}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rlinf.core.ranks import ONE_RANK, Ranks
+
 
 class RunningNorm(nn.Module):
     """(x − mean) / std, clipped, with the mean and variance of everything that `update` has seen.
@@ -25,17 +27,23 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, state: Tensor) -> None:
-        """Take in rows [B, dim] (parallel variance, Chan et al. 1979)."""
-        x = state.to(self.mean.device, torch.float32)
-        rows = x.shape[0]
-        batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
-        total = self.count + rows
-        weight = (rows / total).to(torch.float32)
-        delta = batch_mean - self.mean
-        self.mean += delta * weight
-        self.var.lerp_(batch_var, weight).add_(delta.square() * weight * (1 - weight))
-        self.count.copy_(total)
+    def update(self, state: Tensor, ranks: Ranks = ONE_RANK) -> None:
+        """Take in rows [B, dim] of every rank (parallel variance, Chan et al. 1979), the same way on all.
+
+        Collective. B may differ between ranks; one without rows gives any tensor without elements.
+        """
+        x = state.to(self.mean)
+        var, mean = torch.var_mean(x, dim=0, correction=0) if len(x) else (self.var, self.mean)
+        parts = zip(ranks.gather(len(x)), ranks.cat(mean[None]), ranks.cat(var[None]), strict=True)
+        for rows, batch_mean, batch_var in parts:
+            if not rows:
+                continue
+            total = self.count + rows
+            weight = (rows / total).to(self.mean.dtype)
+            delta = batch_mean - self.mean
+            self.mean += delta * weight
+            self.var.lerp_(batch_var, weight).add_(delta.square() * weight * (1 - weight))
+            self.count.copy_(total)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised rows; the identity until the first update, up to clipping."""

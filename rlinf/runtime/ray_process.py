@@ -1,0 +1,217 @@
+"""What runs in a process of a run on Ray: replicas with a thread each, and its ends of all that connects them.
+
+See `ray_backend` for the other side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import RayActorError
+from torch import Tensor
+
+from rlinf.runtime.exchange import Address, as_array, as_tensor, open_exchange, this_exchange
+from rlinf.runtime.local import CHANNEL_TIMEOUT_S, ChannelClosed, Flag, Replica, Weights
+
+
+class Host:
+    """The actor that is a process of the run. All its methods run on one event loop; replicas have threads."""
+
+    def __init__(self, index: int, ip: str, key: bytes, path: list[str], prepare: bytes) -> None:
+        # What the driver could import by name is sent by name.
+        sys.path += [entry for entry in path if entry not in sys.path]
+        self._prepare = prepare
+        # Published weights are read where they lie, in memory shared by the processes of a machine.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        self._exchange = open_exchange(index, ip, key)
+        self._replicas: dict[int, Replica] = {}
+        self._workers: dict[int, Any] = {}
+        self._expected: dict[int, int] = {}
+        self._early: dict[tuple[int, int], tuple[Callable[[], Any], Future[Any]]] = {}
+        self._peers: dict[int, Any] = {}
+        _weights_of_process.clear()
+        _flags_of_process.clear()
+
+    async def introduce(self) -> tuple[Address, int, str, bytes | None]:
+        """Where this process listens, its number on its machine, the machine's name, and what keeps it from working."""
+        problem = None
+        try:
+            cloudpickle.loads(self._prepare)()
+        except Exception as error:  # whatever it is belongs to the caller
+            problem = pack_error(error)
+        return self._exchange.address, os.getpid(), socket.gethostname(), problem
+
+    async def free_port(self) -> int:
+        """A port that nobody listens on."""
+        with socket.create_server((self._exchange.address[0], 0)) as server:
+            return server.getsockname()[1]
+
+    async def meet(self, addresses: dict[int, Address], peers: dict[int, Any]) -> None:
+        """Learn who else takes part."""
+        self._exchange.meet(addresses)
+        _peers_of_process.clear()
+        _peers_of_process.update(peers)
+
+    async def call(self, replica: int, number: int, blob: bytes) -> Outcome:
+        """Run call `number` of a replica, which gets its calls in this order whatever the order of arrival."""
+        if replica not in self._replicas:
+            self._expected[replica] = 0
+            self._replicas[replica] = Replica(f"replica {replica}", lambda error: None)
+        future: Future[Any] = Future()
+        self._early[replica, number] = (lambda: self._run(replica, blob), future)
+        while (turn := (replica, self._expected[replica])) in self._early:
+            call, answer = self._early.pop(turn)
+            self._expected[replica] += 1
+            _forward(self._replicas[replica].submit(call), answer)
+        try:
+            return Outcome(value=await asyncio.wrap_future(future))
+        except BaseException as error:  # the process' edge: whatever it is belongs to the caller
+            return Outcome(error=pack_error(error), trace="".join(traceback.format_exception(error)))
+
+    def _run(self, replica: int, blob: bytes) -> Any:
+        call = cloudpickle.loads(blob)
+        if isinstance(call, Build):
+            self._workers[replica] = call.builder()
+            return None
+        return call.method(self._workers[replica], *call.args, **call.kwargs)
+
+    async def whereabouts(self, replica: int) -> str:
+        """The line that the replica is at."""
+        return self._replicas[replica].where() if replica in self._replicas else "not built"
+
+    async def set_flag(self, name: str, reason: str) -> None:
+        """Throw the switch in this process."""
+        process_flag(name).set(reason)
+
+    async def close_channels(self, names: Sequence[str], cause: bytes) -> None:
+        """Wake whoever waits on these channels in this process."""
+        for name in names:
+            self._exchange.channel(name).close(unpack_error(cause))
+
+    async def reopen_channels(self, kept: Mapping[str, bool]) -> None:
+        """Make closed channels work again, by name and whether they keep what waits in them."""
+        for name, keep in kept.items():
+            self._exchange.channel(name).reopen(keep=keep)
+
+    async def take_weights(self, name: str, version: int, state: Any) -> None:
+        """Make `state`, arrays in shared memory, what readers of this process get."""
+        tensors = {key: as_tensor(array, dtype) for key, (array, dtype) in state.items()}
+        process_weights(name).publish(version, tensors)
+
+    async def copy_weights(self, source: str, target: str) -> int:
+        """Publish under `target` what is published under `source`; its version, -1 for nothing."""
+        if (newest := process_weights(source).newer_than(-1)) is None:
+            return -1
+        process_weights(target).publish(*newest)
+        return newest[0]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A replica's first call: makes its worker."""
+
+    builder: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """`method(worker, *args, **kwargs)`."""
+
+    method: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call returned, or the packed error that it raised with its traceback."""
+
+    value: Any = None
+    error: bytes | None = None
+    trace: str = ""
+
+
+def _forward(source: Future[Any], target: Future[Any]) -> None:
+    def hand_over(ended: Future[Any]) -> None:
+        if (error := ended.exception()) is not None:
+            target.set_exception(error)
+        else:
+            target.set_result(ended.result())
+
+    source.add_done_callback(hand_over)
+
+
+def pack_error(error: BaseException) -> bytes:
+    """An exception for another process; its constructor, which may want other arguments, is not called there."""
+    if isinstance(error, ChannelClosed):
+        return cloudpickle.dumps((ChannelClosed, (error.name, pack_error(error.cause)), {}))
+    try:
+        own = cloudpickle.dumps((type(error), error.args, error.__dict__))
+        unpack_error(own)
+    except Exception:  # whatever its own code raises when it is copied
+        return cloudpickle.dumps((RuntimeError, (f"{type(error).__name__}: {error}",), {}))
+    return own
+
+
+def unpack_error(blob: bytes) -> BaseException:
+    """Inverse of `pack_error`."""
+    kind, args, state = cloudpickle.loads(blob)
+    if kind is ChannelClosed:
+        return ChannelClosed(args[0], unpack_error(args[1]))
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
+
+_weights_of_process: dict[str, Weights] = {}
+_flags_of_process: dict[str, Flag] = {}
+_peers_of_process: dict[int, Any] = {}
+
+
+def process_weights(name: str) -> Weights:
+    """This process's copy of the weights of that name."""
+    return _weights_of_process.setdefault(name, Weights())
+
+
+def process_flag(name: str) -> Flag:
+    """This process's flag of that name."""
+    return _flags_of_process.setdefault(name, Flag())
+
+
+class HostedWeights(Weights):
+    """The weights of a name as a process of the run sees them."""
+
+    def __init__(self, name: str, readers: Sequence[int]) -> None:
+        super().__init__()
+        self.name, self.readers = name, tuple(readers)
+
+    def publish(self, version: int, state: dict[str, Tensor], *, wait: bool = True) -> None:
+        """Put one copy into Ray's object store, from which every reader's machine gets one."""
+        here = this_exchange().index
+        if here in self.readers:
+            process_weights(self.name).publish(version, state)
+        others = [index for index in self.readers if index != here]
+        if not others:
+            return
+        shared = ray.put({key: as_array(tensor) for key, tensor in state.items()})
+        taken = [_peers_of_process[index].take_weights.remote(self.name, version, shared) for index in others]
+        if wait:
+            for reference in taken:
+                with contextlib.suppress(RayActorError):  # whoever plays with it will notice
+                    ray.get(reference, timeout=CHANNEL_TIMEOUT_S)
+
+    def newer_than(self, version: int) -> tuple[int, dict[str, Tensor]] | None:
+        """See Weights."""
+        return process_weights(self.name).newer_than(version)

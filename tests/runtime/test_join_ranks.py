@@ -1,0 +1,29 @@
+"""Ranks that do not come are named in time. How ranks meet and talk is tested where they learn."""
+
+import socket
+import time
+
+import pytest
+
+from rlinf.core.errors import WorkerDied
+from rlinf.runtime.ranks import join_ranks
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(WorkerDied, match=r"rank 0 of 3 waited 0\.3 s at file://.*/meeting for rank 1, 2, which"):
+        join_ranks(0, 3, f"file://{tmp_path}/meeting", join_timeout_s=0.3)
+    assert time.monotonic() - started < 20
+
+
+def test_an_address_where_rank_0_is_not_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(WorkerDied, match=rf"rank 1 of 2 could not reach {address} within 1 s .*is rank 0 running"):
+            join_ranks(1, 2, address, join_timeout_s=1)
+
+
+def test_an_address_without_a_port_is_refused():
+    with pytest.raises(ValueError, match="host:port or file:///path"):
+        join_ranks(0, 2, "localhost")
