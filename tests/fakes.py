@@ -346,15 +346,16 @@ def build_crew_on(
     actor: Callable[[], Any],
     algorithm: Callable[[], Any],
     *,
+    name: str = "",
     timeout_s: float = 30.0,
 ) -> Crew:
     """As `build_crew`, on any runtime: everything is made where it works."""
     sources = [(rank, stage) for rank, stages in enumerate(envs) for stage in range(len(stages))]
     answered_by = {source: layout.rollout[layout.answerer(source)] for source in sources}
-    obs = runtime.channel("obs", answered_by)
-    actions = runtime.channel("actions", {source: layout.env[source[0]] for source in sources})
-    experience = runtime.channel("experience", dict(enumerate(layout.learner)), confirm=True)
-    weights, stop = runtime.weights("policy", layout.rollout), runtime.flag()
+    obs = runtime.channel(f"{name} obs", answered_by)
+    actions = runtime.channel(f"{name} actions", {source: layout.env[source[0]] for source in sources})
+    experience = runtime.channel(f"{name} experience", dict(enumerate(layout.learner)), confirm=True)
+    weights, stop = runtime.weights(f"{name} policy", layout.rollout), runtime.flag()
     channels = (obs, actions, experience)
 
     def env(rank: int) -> EnvWorker:

@@ -1,0 +1,223 @@
+"""Whole runs on every backend: the same results, nothing lost, doubled or mixed, and deaths survived."""
+
+import os
+import threading
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from rlinf.core.errors import ProcessDied
+from rlinf.launch.crew import Layout
+from rlinf.runners.asynchronous import run_async
+from rlinf.runners.checkpoint import CheckpointStore, find, load_run, verify
+from rlinf.runners.schedule import Schedule
+from rlinf.runners.synchronous import run_sync
+from tests.fakes import (
+    CountingActor,
+    CountingAlgorithm,
+    CountingEnv,
+    H,
+    ReachEnv,
+    RecordingReporter,
+    TinyActor,
+    TinyAlgorithm,
+    build_crew_on,
+    slow,
+)
+
+TOGETHER = Layout()
+# Each role in a process of its own; and two environments, of which one shares a process with its policy.
+APART = Layout((0,), (1,), (2,))
+HYBRID = Layout((0, 1), (0, 2), (2,), {(0, 0): 0, (0, 1): 0, (1, 0): 1, (1, 1): 1})
+
+
+def counting_envs(layout, stages=1):
+    number = 2 * stages
+    return [
+        [partial(CountingEnv, 2, number * rank + 2 * stage) for stage in range(stages)]
+        for rank in range(len(layout.env))
+    ]
+
+
+def run_and_look(run, crew, schedule, directory, reporter, look):
+    """Run to the end. Returns what `look` sees in the learner's worker then."""
+    looked, close = [], crew.close
+
+    def look_and_close():
+        looked.extend(crew.learner.run(look).wait())
+        return close()
+
+    crew.close = look_and_close
+    assert run(crew, schedule, CheckpointStore(directory), reporter) == schedule.num_steps
+    return looked[0]
+
+
+def seen(worker):
+    return worker.algorithm.seen
+
+
+@pytest.mark.parametrize("layout", [TOGETHER, APART, HYBRID], ids=["together", "apart", "hybrid"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_observation_meets_its_action_once(make_runtime, tmp_path, layout, overlap):
+    stages = 2 if layout is HYBRID else 1
+    crew = build_crew_on(
+        make_runtime(3), layout, counting_envs(layout, stages), CountingActor, CountingAlgorithm, name=str(tmp_path)
+    )
+    schedule = Schedule(num_steps=5, chunks=4, segments=2, updates=3, overlap=overlap)
+    reporter = RecordingReporter()
+    played = {}
+    reporter.log = lambda step, metrics: played.update(steps=metrics["time/env_steps"], updates=metrics["time/updates"])
+    trajectories = run_and_look(run_sync, crew, schedule, tmp_path, reporter, seen)
+    # CountingEnv and CountingAlgorithm have compared every single one; here: all of them came.
+    sources = len(layout.env) * stages
+    assert played == {"steps": 5 * 2 * 4 * 2 * sources * H, "updates": 15}
+    for rank in range(len(layout.env)):
+        for stage in range(stages):
+            counts = torch.cat([t.obs["state"][:-1, :, 1] for t in trajectories if t.source == (rank, stage)])
+            assert torch.equal(counts, torch.arange(40.0)[:, None].expand(-1, 2))
+
+
+def test_backends_give_the_same_run(tmp_path, ray_machine):
+    from rlinf.runtime.local import LocalRuntime
+    from rlinf.runtime.ray_backend import RayRuntime, Seat
+
+    runs = {}
+    seats = [Seat(f"process {i}", ray_machine.node_id, "127.0.0.1") for i in range(3)]
+    cases = {"local": (LocalRuntime(), HYBRID), "ray": (RayRuntime(seats), HYBRID)}
+    for name, (runtime, layout) in cases.items():
+        envs = [[partial(ReachEnv, 3), partial(ReachEnv, 2)] for _ in layout.env]
+        crew = build_crew_on(runtime, layout, envs, TinyActor, TinyAlgorithm)
+        reporter = RecordingReporter()
+        schedule = Schedule(num_steps=6, chunks=5, segments=2, updates=4, overlap=True, save_interval=4)
+        version, weights = run_and_look(
+            run_sync, crew, schedule, tmp_path / name, reporter, lambda worker: worker.algorithm.acting_weights()
+        )
+        metrics = {
+            step: {tag: value for tag, value in logged.items() if not tag.startswith("time/")}
+            for step, logged in reporter.logged.items()
+        }
+        runs[name] = version, weights, metrics
+        runtime.close()
+    assert runs["local"][2] == runs["ray"][2]
+    assert runs["local"][0] == runs["ray"][0] == 24
+    assert all(torch.equal(value, runs["ray"][1][key]) for key, value in runs["local"][1].items())
+
+
+def test_asynchronous_runs_lose_nothing(make_runtime, tmp_path):
+    algorithm = partial(CountingAlgorithm, slow(0.003))
+    envs = counting_envs(HYBRID, 2)
+    crew = build_crew_on(make_runtime(3), HYBRID, envs, CountingActor, algorithm, name="asynchronous")
+    schedule = Schedule(num_steps=6, chunks=3, updates=4)
+    trajectories = run_and_look(run_async, crew, schedule, tmp_path, RecordingReporter(), seen)
+    counts = [sum(t.source == (rank, stage) for t in trajectories) for rank in range(2) for stage in range(2)]
+    assert len(set(counts)) == 1 and counts[0] >= 1
+    manifest = verify(find(tmp_path))
+    assert manifest.progress.env_steps == len(trajectories) * 3 * 2 * H
+    assert manifest.progress.updates == 24
+
+
+@pytest.mark.parametrize("limit", [4, 9])
+def test_weights_are_never_staler_than_allowed(make_runtime, tmp_path, limit):
+    envs = [[partial(CountingEnv, 2, 0, slow(0.004))]]
+    algorithm = partial(CountingAlgorithm, slow(0.001))
+    crew = build_crew_on(make_runtime(3), APART, envs, CountingActor, algorithm, name=f"staleness {limit}")
+    schedule = Schedule(num_steps=20, chunks=4, updates=4, sync_interval=3, max_staleness=limit)
+    look = lambda worker: worker.algorithm.staleness  # noqa: E731
+    stale = run_and_look(run_async, crew, schedule, tmp_path, RecordingReporter(), look)
+    assert max(max(updates) for updates in stale) <= limit
+    assert verify(find(tmp_path)).progress.updates == 80
+
+
+# ---- deaths
+
+
+@pytest.fixture
+def mortal(ray_machine):
+    from rlinf.runtime.ray_backend import RayRuntime, Seat
+
+    runtime = RayRuntime([Seat(f"process {i}", ray_machine.node_id, "127.0.0.1") for i in range(3)])
+    yield runtime
+    runtime.close()
+
+
+def kill_when(crew, process, steps):
+    """Kill a process once the learner has taken in so many environment steps."""
+    pid = crew.runtime._introductions[process][1]
+
+    def wait():
+        while crew.progress().env_steps < steps:
+            time.sleep(0.02)
+        os.kill(pid, 9)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def deadly_crew(runtime, max_restarts=2):
+    envs = [[partial(CountingEnv, 2, 0, slow(0.004))], [partial(CountingEnv, 2, 2, slow(0.004))]]
+    layout = Layout((0, 1), (0, 1), (2,), {(0, 0): 0, (1, 0): 1})
+    crew = build_crew_on(runtime, layout, envs, CountingActor, ForgivingAlgorithm)
+    crew.runtime, crew.max_restarts = runtime, max_restarts
+    return crew
+
+
+class ForgivingAlgorithm(CountingAlgorithm):
+    """Allows a source to begin again, and nothing else."""
+
+    def __init__(self):
+        super().__init__(slow(0.002))
+
+    def observe(self, trajectory):
+        if not trajectory.continues:
+            self.seen_before = getattr(self, "seen_before", []) + self.seen
+            self.seen = [t for t in self.seen if t.source != trajectory.source]
+        super().observe(trajectory)
+
+
+@pytest.mark.parametrize(("run", "overlap"), [(run_sync, False), (run_sync, True), (run_async, False)])
+def test_a_killed_process_of_env_and_rollout_is_replaced(mortal, tmp_path, run, overlap):
+    crew, reporter = deadly_crew(mortal), RecordingReporter()
+    kill_when(crew, 1, 300)
+    schedule = Schedule(num_steps=60, chunks=4, updates=3, overlap=overlap)
+    assert run(crew, schedule, CheckpointStore(tmp_path), reporter) == 60
+    assert verify(find(tmp_path)).progress.updates == 180
+    [note] = [note for note in reporter.notes if "Restarts left: 1" in note]
+    assert "is gone: the process 'process 1'" in note
+
+
+def test_too_many_deaths_end_the_run_and_the_learner_is_saved(mortal, tmp_path):
+    crew = deadly_crew(mortal, max_restarts=0)
+    kill_when(crew, 0, 200)
+    with pytest.raises(ProcessDied, match="is gone: the process 'process 0'"):
+        run_sync(crew, Schedule(num_steps=10**6, chunks=4), CheckpointStore(tmp_path), RecordingReporter())
+    assert verify(find(tmp_path)).progress.updates > 0
+
+
+def test_a_killed_learner_ends_the_run_with_the_checkpoint_to_go_on_from(mortal, tmp_path):
+    from rlinf.runtime.ray_backend import RayRuntime
+
+    crew, reporter = deadly_crew(mortal), RecordingReporter()
+    kill_when(crew, 2, 500)
+    began = time.monotonic()
+    with pytest.raises(ProcessDied, match=r"learner.* is gone: the process 'process 2'"):
+        run_sync(
+            crew, Schedule(num_steps=10**6, chunks=4, updates=2, save_interval=5), CheckpointStore(tmp_path), reporter
+        )
+    assert time.monotonic() - began < 60
+    manifest = verify(find(tmp_path))
+    assert manifest.global_step % 5 == 0 and manifest.progress.env_steps <= 500 + 5 * 4 * 4 * H
+    assert f"runner.resume_dir={find(tmp_path)}" in reporter.notes[-1]
+    again = deadly_crew(RayRuntime(mortal.seats))
+    assert load_run(again, tmp_path) == manifest.global_step
+    again.runtime.close()
+
+
+def test_runs_end_cleanly_time_after_time(make_runtime, tmp_path):
+    for number in range(20):
+        crew = build_crew_on(
+            make_runtime(3), APART, counting_envs(APART), CountingActor, CountingAlgorithm, name=f"run {number}"
+        )
+        run = run_async if number % 2 else run_sync
+        store = CheckpointStore(tmp_path / str(number))
+        assert run(crew, Schedule(num_steps=2, chunks=2, overlap=True), store, RecordingReporter()) == 2
