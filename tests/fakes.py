@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlinf.core.ranks import ONE_RANK
 from rlinf.core.seeding import numpy_generator, torch_generator
 from rlinf.core.types import ActionOut, EnvSpaces, EnvStep, Trajectory
 from rlinf.launch.crew import Layout
@@ -347,6 +348,7 @@ def build_crew_on(
     algorithm: Callable[[], Any],
     *,
     name: str = "",
+    learner_ranks: Callable[[int], Any] = lambda rank: ONE_RANK,
     timeout_s: float = 30.0,
 ) -> Crew:
     """As `build_crew`, on any runtime: everything is made where it works."""
@@ -362,6 +364,7 @@ def build_crew_on(
         return EnvWorker(
             rank, [make() for make in envs[rank]], obs, actions, experience, stop,
             num_action_chunks=H, seed=rank, timeout_s=timeout_s,
+            learners=[layout.learners_of((rank, stage)) for stage in range(len(envs[rank]))],
         )  # fmt: skip
 
     def rollout(rank: int) -> RolloutWorker:
@@ -370,11 +373,11 @@ def build_crew_on(
             generator=torch_generator(rank, "rollout"), timeout_s=timeout_s,
         )  # fmt: skip
 
-    def learner() -> LearnerWorker:
-        return LearnerWorker(algorithm(), experience, weights, stop)
+    def learner(rank: int) -> LearnerWorker:
+        return LearnerWorker(algorithm(), experience, weights, stop, ranks=learner_ranks(rank))
 
     def group(name: str, build: Any, hosts: tuple[int, ...]) -> Any:
-        builders = [partial(build, rank) for rank in range(len(hosts))] if name != "learner" else [build]
+        builders = [partial(build, rank) for rank in range(len(hosts))]
         return runtime.group(name, builders, hosts, channels=channels, stop=stop)
 
     crew = (group("env", env, layout.env), group("rollout", rollout, layout.rollout))

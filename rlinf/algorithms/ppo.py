@@ -263,15 +263,17 @@ class PPO:
             self._order = list(shuffled[: self._samples_per_pass].split(self.batch_size))
         metrics |= self._step(self._samples.take(self._order.pop(0)))
         self.updates += 1
-        if self.target_kl is not None and self._mean_kl(metrics) > self.target_kl:
+        if self._moved_too_far(metrics):
             self._order, self._passes_left = [], 0
         if not self._order and self._passes_left == 0 and self.normalizer is not None:
             self.normalizer.update(self._samples.obs["state"], self.ranks)
         return metrics
 
-    def _mean_kl(self, metrics: Metrics) -> float:
-        """Over the minibatch of all ranks, so that they stop together."""
-        return float(self.ranks.mean_(torch.as_tensor(metrics["actor/approx_kl"])))
+    def _moved_too_far(self, metrics: Metrics) -> bool:
+        """By the mean over the minibatch of all ranks, so that they stop together; not during the warm-up."""
+        if self.target_kl is None or "actor/approx_kl" not in metrics:
+            return False
+        return float(self.ranks.mean_(torch.as_tensor(metrics["actor/approx_kl"]))) > self.target_kl
 
     @torch.no_grad()
     def _prepare(self) -> tuple[Samples, Metrics]:

@@ -87,7 +87,7 @@ def seats_of(hosts: Sequence[Sequence[Process]], machines: Sequence[Machine]) ->
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         name = " + ".join(f"{process.role} {process.rank}" for process in processes)
         ip = LOOPBACK if len(machines) == 1 else machine.ip
-        seats.append(Seat(name, machine.node_id, ip, environment, first.python))
+        seats.append(Seat(name, machine.node_id, ip, machine.name, environment, first.python))
     return seats
 
 

@@ -49,6 +49,7 @@ class Seat:
         name: in messages and in Ray's own lists.
         node_id: of the machine, as Ray calls it.
         ip: address of the machine, on which the process listens.
+        machine: name of the machine.
         env_vars: environment variables of the process, beside those that Ray was started with on that machine.
         python: its interpreter; None for that of the caller.
     """
@@ -56,6 +57,7 @@ class Seat:
     name: str
     node_id: str
     ip: str
+    machine: str = "this machine"
     env_vars: Mapping[str, str] = field(default_factory=dict)
     python: str | None = None
 
@@ -339,6 +341,12 @@ class RayRuntime:
         asked = {index: actor.introduce.remote() for index, actor in self._actors.items()}
         return [index for index, reference in asked.items() if self._is_dead(index, reference)]
 
+    def _require_machines(self, hosts: Sequence[int]) -> None:
+        there = {machine.node_id for machine in alive()}
+        for seat in (self.seats[index] for index in hosts):
+            if seat.node_id not in there:
+                raise WorkerDied(f"machine '{seat.machine}' ({seat.ip}) has left the run; '{seat.name}' was on it")
+
     def _is_dead(self, index: int, reference: Any) -> bool:
         try:
             self._answer(reference, index, ANSWER_TIMEOUT_S)
@@ -348,15 +356,16 @@ class RayRuntime:
 
     def replace(self, hosts: Sequence[int]) -> None:
         """See Runtime."""
-        there = {machine.node_id for machine in alive()}
-        for index in hosts:
-            if self.seats[index].node_id not in there:
-                raise WorkerDied(f"the machine of {self.describe(index)} has left the run")
+        self._require_machines(hosts)
         for index in hosts:
             ray.kill(self._actors[index])
             del self._introductions[index]
             self._actors[index] = self._start(index)
-        self._introduce_all()
+        try:
+            self._introduce_all()
+        except ProcessDied:
+            self._require_machines(hosts)  # Ray takes some seconds to find out that one is gone
+            raise
         self.tell("reopen_channels", self._actors, self._kept)
         for group in self._groups:
             group.rebuild(hosts)

@@ -238,7 +238,7 @@ def test_micro_batches_change_nothing():
 
 
 def test_the_value_function_warms_up_alone():
-    ppo = make_ppo(critic_warmup_steps=2)
+    ppo = make_ppo(critic_warmup_steps=2, target_kl=10.0)
     ppo.observe(played(ppo.network))
     policy = [p.detach().clone() for p in ppo.network.policy_parameters()]
     value = [p.detach().clone() for p in ppo.network.value_parameters()]

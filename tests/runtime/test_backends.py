@@ -223,7 +223,7 @@ def doomed(ray_machine):
 def start_pair(ray_machine):
     from rlinf.runtime.ray_backend import RayRuntime, Seat
 
-    seats = [Seat(f"process {i}", ray_machine.node_id, "127.0.0.1", {"WHO": f"number {i}"}) for i in range(2)]
+    seats = [Seat(f"process {i}", ray_machine.node_id, "127.0.0.1", env_vars={"WHO": f"number {i}"}) for i in range(2)]
     runtime = RayRuntime(seats)
     yield runtime
     runtime.close()

@@ -1,0 +1,110 @@
+"""From a placement to processes: seats, layout, and a run of the seed's layout over sixteen accelerators."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlinf.core.errors import ConfigError
+from rlinf.core.ranks import OneRank
+from rlinf.launch.parse import load_config
+from rlinf.launch.processes import layout_of, nodes_of, open_runtime, seats_of
+from rlinf.runtime.cluster import Machine
+from rlinf.runtime.local import LocalRuntime
+from rlinf.runtime.placement import NodeGroup, make_plan
+from tests.fakes import CountingActor, CountingAlgorithm, CountingEnv, build_crew_on
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "examples/embodiment/config"
+MACHINES = [Machine(f"id {i}", f"gpu{i}", f"10.0.0.{i}", 16, 8) for i in range(2)]
+HYBRID = {"env": "0-7", "rollout": "8-15", "actor": "0-15"}
+
+
+def plan_of(placement, stages, machines=MACHINES, groups=(), accelerators=True):
+    plan = make_plan(placement, nodes_of(machines, accelerators=accelerators), groups)
+    hosts = plan.hosts(stages)
+    return hosts, seats_of(hosts, machines), layout_of(plan, hosts, stages)
+
+
+def test_the_hybrid_layout_of_sixteen_accelerators():
+    hosts, seats, layout = plan_of(HYBRID, stages=2)
+    assert len(hosts) == len(seats) == 32
+    places = [(seat.node_id, seat.env_vars["CUDA_VISIBLE_DEVICES"]) for seat in seats]
+    assert [places[host] for host in layout.env] == [("id 0", str(i)) for i in range(8)]
+    assert [places[host] for host in layout.rollout] == [("id 1", str(i)) for i in range(8)]
+    assert [places[host] for host in layout.learner] == [(f"id {i // 8}", str(i % 8)) for i in range(16)]
+    assert {layout.answerer((rank, stage)) for rank in range(8) for stage in range(2)} == set(range(8))
+    assert sorted(r for source in layout.learned_by.values() for r in source) == list(range(16))
+    assert {seat.ip for seat in seats} == {"10.0.0.0", "10.0.0.1"}
+    assert layout.envs_per_machine == 8 and layout.learners_per_machine == 8
+    assert layout.describe() == "ray backend with 32 processes (8 env, 8 rollout, 16 actor)"
+
+
+def test_env_and_policy_on_one_device_share_a_process():
+    hosts, seats, layout = plan_of({"env,rollout,actor": "all"}, stages=1)
+    assert len(hosts) == 32
+    assert layout.env == layout.rollout and not set(layout.env) & set(layout.learner)
+    assert seats[0].name == "env 0 + rollout 0"
+
+
+def test_a_group_gives_its_processes_their_environment_and_one_machine_listens_on_loopback():
+    robot = NodeGroup("robot", (0,), {0: {"A": "b"}}, {0: "/opt/python"})
+    placement = {"env": {"node_group": "robot", "placement": 0}, "rollout,actor": 0}
+    hosts, seats, layout = plan_of(placement, 1, MACHINES[:1], [robot], accelerators=False)
+    assert layout == layout_of(make_plan(placement, nodes_of(MACHINES[:1], accelerators=False), [robot]), hosts, 1)
+    env, rollout = seats[layout.env[0]], seats[layout.rollout[0]]
+    assert env.env_vars["A"] == "b" and env.python == "/opt/python"
+    assert "A" not in rollout.env_vars and rollout.python is None
+    assert {seat.ip for seat in seats} == {"127.0.0.1"}
+    assert all("CUDA_VISIBLE_DEVICES" not in seat.env_vars for seat in seats)
+
+
+@dataclass(frozen=True)
+class Alone(OneRank):
+    """One of many learners, which do not talk to each other here."""
+
+    rank: int = 0
+
+
+@pytest.mark.usefixtures("ray_machine")
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_all_experience_of_the_hybrid_layout_reaches_its_learners(tmp_path, ray_machine, backend):
+    """With four processes in place of 32: whose worker sits where is all that differs."""
+    _, _, layout = plan_of(HYBRID, stages=2)
+    folded = type(layout)(
+        *(tuple(host % 4 for host in hosts) for hosts in (layout.env, layout.rollout, layout.learner)),
+        layout.answered_by,
+        layout.learned_by,
+    )
+    runtime = LocalRuntime()
+    if backend == "ray":
+        from rlinf.runtime.ray_backend import RayRuntime, Seat
+
+        runtime = RayRuntime([Seat(f"process {i}", ray_machine.node_id, "127.0.0.1") for i in range(4)])
+    envs = [[partial(CountingEnv, 2, 4 * rank + 2 * stage) for stage in range(2)] for rank in range(8)]
+    crew = build_crew_on(runtime, folded, envs, CountingActor, CountingAlgorithm, learner_ranks=Alone)
+    crew.publish()
+    for _ in range(3):
+        crew.collect(chunks=4, segments=1).wait()
+        crew.ingest()
+    seen = crew.learner.run(_seen).wait()
+    assert crew.close() == []
+    runtime.close()
+    assert [count for count, _ in seen] == [3] * 16, "a segment of each collection"
+    assert torch.equal(torch.cat([ids for _, ids in seen]).sort().values, torch.arange(32.0)), "every environment once"
+
+
+def _seen(worker):
+    segments = worker.algorithm.seen
+    return len(segments), segments[0].obs["state"][0, :, 0]
+
+
+def test_more_than_the_machine_has_is_refused_before_anything_starts(ray_machine):
+    overrides = ["profile=cpu", "cluster.component_placement='env: 3; rollout: 0; actor: 0'"]
+    root = load_config("reach_sac_mlp", overrides, CONFIG_DIR)
+    with (
+        pytest.raises(ConfigError, match="env: 3 needs node 3, but there is 1 node and no accelerator"),
+        open_runtime(root, print),
+    ):
+        pass
