@@ -47,7 +47,8 @@ def open_runtime(config: Root, note: Callable[[str], None]) -> Iterator[tuple[Ru
         plan = make_plan(cluster.component_placement, nodes, node_groups_of(cluster))
         check_plan(config, plan)
         hosts = plan.hosts(config.rollout.pipeline_stage_num)
-        note(f"starting {len(hosts)} processes on {', '.join(machine.name for machine in machines)}")
+        where = "this machine" if len(machines) == 1 else ", ".join(machine.name for machine in machines)
+        note(f"starting {len(hosts)} processes on {where}")
         runtime = RayRuntime(seats_of(hosts, machines), partial(prepare_process, config))
         try:
             layout = layout_of(plan, hosts, config.rollout.pipeline_stage_num)

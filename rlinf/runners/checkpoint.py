@@ -14,6 +14,7 @@ A checkpoint is written into `.writing-*` and renamed when every byte is on the 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import time
@@ -35,6 +36,8 @@ from rlinf.workers.env_worker import EnvWorker
 from rlinf.workers.learner_worker import POLICY_FILE, LearnerWorker, Progress
 from rlinf.workers.rollout_worker import RolloutWorker
 from rlinf.workers.state_files import load_state, load_weights, save_state
+
+_LOG = logging.getLogger(__name__)
 
 FORMAT = "rlinf-checkpoint"
 FORMAT_VERSION = 1
@@ -164,6 +167,9 @@ def save_run(store: CheckpointStore, crew: Crew, global_step: int, *, exact: boo
 def load_run(crew: Crew, path: str | Path) -> int:
     """Bring every worker to the state of the checkpoint at `path` (see `find`). Returns its global step.
 
+    Where another number of workers wrote it, environments begin fresh episodes and policies new noise; a warning says
+    so. Another number of learners deals out its buffers anew.
+
     Raises CheckpointError naming the file and the remedy when it is missing, damaged or does not fit.
     """
     directory = find(path)
@@ -179,12 +185,16 @@ def load_run(crew: Crew, path: str | Path) -> int:
 
 def _states(directory: Path, role: str, workers: dict[str, Any], number: int) -> list[dict[str, Any]]:
     states = workers.get(role) or [{}] * number
-    if len(states) != number:
-        raise CheckpointError(
-            f"{directory} was saved by a run with {len(states)} {role} workers and this one has {number}; "
-            "resume with as many"
-        )
-    return states
+    if len(states) == number:
+        return states
+    _LOG.warning(
+        "%s was saved by a run with %d %s workers and this one has %d: they begin anew",
+        directory,
+        len(states),
+        role,
+        number,
+    )
+    return [{}] * number
 
 
 def load_policy(path: str | Path) -> tuple[int, dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """From a placement to processes: seats, layout, and a run of the seed's layout over sixteen accelerators."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from rlinf.core.errors import ConfigError
 from rlinf.core.ranks import OneRank
 from rlinf.launch.parse import load_config
 from rlinf.launch.processes import layout_of, nodes_of, open_runtime, seats_of
+from rlinf.launch.run import train
 from rlinf.runtime.cluster import Machine
 from rlinf.runtime.local import LocalRuntime
 from rlinf.runtime.placement import NodeGroup, make_plan
@@ -108,3 +110,39 @@ def test_more_than_the_machine_has_is_refused_before_anything_starts(ray_machine
         open_runtime(root, print),
     ):
         pass
+
+
+@pytest.mark.parametrize("recipe", ["reach_sac_mlp", "reach_ppo_mlp"])
+def test_a_recipe_gives_the_same_on_both_backends(tmp_path, ray_machine, recipe):
+    logged = {}
+    for backend in ("local", "ray"):
+        overrides = [
+            "profile=cpu", f"cluster.backend={backend}", f"runner.logger.log_path={tmp_path / backend}",
+            "runner.max_epochs=3", "runner.val_check_interval=2", "actor.num_threads=1", "rollout.pipeline_stage_num=2",
+        ]  # fmt: skip
+        assert train(load_config(recipe, overrides, CONFIG_DIR)) == 0
+        rows = (tmp_path / backend / recipe / "metrics.jsonl").read_text().splitlines()
+        logged[backend] = [
+            {tag: value for tag, value in json.loads(row).items() if not tag.startswith(("time/", "elapsed"))}
+            for row in rows
+        ]
+        assert (tmp_path / backend / recipe / "checkpoints" / "global_step_3").is_dir()
+    assert logged["ray"] == logged["local"]
+    assert len(logged["ray"]) == 3
+
+
+def test_two_learners_and_two_env_processes_learn_and_resume(tmp_path, ray_machine):
+    placement = "cluster.component_placement='env: 0:0-1; rollout: 0; actor: 0:0-1'"
+    overrides = [
+        "profile=cpu", placement, f"runner.logger.log_path={tmp_path / 'first'}", "runner.max_epochs=2",
+        "runner.val_check_interval=2", "actor.micro_batch_size=32", "algorithm.update_epoch=4",
+    ]  # fmt: skip
+    assert train(load_config("reach_sac_mlp", overrides, CONFIG_DIR)) == 0
+    run = tmp_path / "first" / "reach_sac_mlp"
+    again = [*overrides, f"runner.logger.log_path={tmp_path / 'second'}", f"runner.resume_dir={run}"]
+    assert train(load_config("reach_sac_mlp", [*again, "runner.max_epochs=3"], CONFIG_DIR)) == 0
+    [last] = (tmp_path / "second" / "reach_sac_mlp" / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(last)
+    assert metrics["step"] == 3 and metrics["time/updates"] == 12
+    # Every env step of both processes and both runs was taken in by one of the learners.
+    assert metrics["train/replay_buffer/size"] == metrics["time/env_steps"] == 3 * 160

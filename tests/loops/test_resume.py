@@ -96,3 +96,18 @@ def test_saving_does_not_depend_on_how_often_it_is_done_within_a_step(tmp_path):
     _, second = load_policy(tmp_path / "global_step_2")
     assert not torch.equal(first["layer.weight"], final)
     assert torch.equal(second["layer.weight"], final)
+
+
+def test_a_run_goes_on_with_another_number_of_environments(tmp_path, caplog):
+    def crew_of(workers):
+        algorithm = TinyAlgorithm()
+        return build_crew([[ReachEnv(2)] for _ in range(workers)], [TinyActor()], algorithm), algorithm
+
+    first, learned = crew_of(2)
+    run_sync(first, Schedule(num_steps=2, chunks=3), CheckpointStore(tmp_path), RecordingReporter())
+    again, algorithm = crew_of(1)
+    assert load_run(again, tmp_path) == 2
+    assert "was saved by a run with 2 env workers and this one has 1: they begin anew" in caplog.text
+    assert algorithm.updates == learned.updates
+    reporter = RecordingReporter()
+    assert run_sync(again, Schedule(num_steps=3, chunks=3), CheckpointStore(tmp_path / "b"), reporter, last_step=2) == 3
