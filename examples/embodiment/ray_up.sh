@@ -3,8 +3,8 @@
 #     bash examples/embodiment/ray_up.sh head   [--name N] [--address IP] [--label KEY=VALUE]... [--resource NAME=COUNT]...
 #     bash examples/embodiment/ray_up.sh worker HEAD_IP[:PORT] [the same options]
 #     bash examples/embodiment/ray_up.sh down
-# The head listens on 127.0.0.1 alone unless --address names the address under which the others reach it. All machines
-# need the same token, which the head makes: it is the file that the head's command names.
+# --address is the address under which the other machines reach this one, where it has several. All machines need the
+# same token, which the head makes: the file that it names. Ray listens on all interfaces and answers who has the token.
 set -euo pipefail
 
 readonly PORT=6379
@@ -65,14 +65,10 @@ options=(--node-name="$name" --disable-usage-stats)
 
 if [ "$kind" = head ]; then
     [ -s "$token" ] || ray get-auth-token --generate >/dev/null
-    ray start --head --port="$PORT" --node-ip-address="${address:-127.0.0.1}" --include-dashboard=false "${options[@]}" >/dev/null
+    ray start --head --port="$PORT" ${address:+--node-ip-address="$address"} --include-dashboard=false "${options[@]}" >/dev/null
     printf 'This machine is the head, as %s.\n' "$name"
-    if [ -n "$address" ]; then
-        printf 'Copy %s to the same place on every other machine (readable by its owner alone) and run there:\n' "$token"
-        printf '    bash examples/embodiment/ray_up.sh worker %s:%s\n' "$address" "$PORT"
-    else
-        printf 'It listens on this machine alone; --address IP opens it to others.\n'
-    fi
+    printf 'Copy %s to the same place on every other machine (readable by its owner alone) and run there:\n' "$token"
+    printf '    bash examples/embodiment/ray_up.sh worker %s:%s\n' "${address:-$(hostname -I | cut -d' ' -f1)}" "$PORT"
     exit 0
 fi
 
