@@ -154,24 +154,28 @@ def _forward(source: Future[Any], target: Future[Any]) -> None:
 
 
 def pack_error(error: BaseException) -> bytes:
-    """An exception for another process; its constructor, which may want other arguments, is not called there."""
+    """An exception for another process: itself, or what says the same."""
     if isinstance(error, ChannelClosed):
-        return cloudpickle.dumps((ChannelClosed, (error.name, pack_error(error.cause)), {}))
-    try:
-        own = cloudpickle.dumps((type(error), error.args, error.__dict__))
-        unpack_error(own)
-    except Exception:  # whatever its own code raises when it is copied
-        return cloudpickle.dumps((RuntimeError, (f"{type(error).__name__}: {error}",), {}))
-    return own
+        return cloudpickle.dumps((ChannelClosed, error.name, pack_error(error.cause)))
+    said = f"{type(error).__name__}: {error}"
+    # Pickle makes it anew from its arguments, which its constructor may refuse; then it is made without that.
+    for parts in ((error,), (type(error), error.args, error.__dict__)):
+        with contextlib.suppress(Exception):  # whatever its own code raises when it is copied
+            blob = cloudpickle.dumps(parts)
+            if str(unpack_error(blob)) == str(error):
+                return blob
+    return cloudpickle.dumps((RuntimeError(said),))
 
 
 def unpack_error(blob: bytes) -> BaseException:
     """Inverse of `pack_error`."""
-    kind, args, state = cloudpickle.loads(blob)
+    kind, *rest = cloudpickle.loads(blob)
+    if isinstance(kind, BaseException):
+        return kind
     if kind is ChannelClosed:
-        return ChannelClosed(args[0], unpack_error(args[1]))
-    error = kind.__new__(kind, *args)
-    error.__dict__.update(state)
+        return ChannelClosed(rest[0], unpack_error(rest[1]))
+    error = kind.__new__(kind, *rest[0])
+    error.__dict__.update(rest[1])
     return error
 
 

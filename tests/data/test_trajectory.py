@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rlinf.core.types import ActionOut, EnvStep
-from rlinf.data.trajectory import TrajectoryBuilder
+from rlinf.data.trajectory import TrajectoryBuilder, split_by_env
 
 N, H, A = 2, 2, 3
 
@@ -146,3 +146,21 @@ def test_a_segment_needs_a_step():
     builder.start(observation([0.0, 10.0]), continues=False)
     with pytest.raises(ValueError, match="needs at least one step"):
         builder.build()
+
+
+def test_a_segment_is_shared_out_by_environments():
+    builder = TrajectoryBuilder((4, 1), auto_reset=True)
+    flags = [(False, False), (True, False), (False, True)]
+    segment, _ = three_steps(builder, observation([0.0, 10.0]), flags, continues=True, versions=(7, 5, 6))
+    assert split_by_env(segment, 1) == [segment]
+    first, second = split_by_env(segment, 2)
+    assert first.obs["state"][..., 0].tolist() == [[0], [1], [101], [102]]
+    assert second.obs["state"][..., 0].tolist() == [[10], [11], [12], [102]]
+    assert second.obs["instruction"] == [["say 10"], ["say 11"], ["say 12"], ["say 102"]]
+    assert first.last_index.tolist() == [[1, 0]] and second.last_index.tolist() == [[2, 0]]
+    assert first.last_obs["state"].tolist() == [[2.0]] and second.last_obs["instruction"] == ["say 13"]
+    for part, column in ((first, 0), (second, 1)):
+        assert (part.version, part.source, part.continues, part.num_envs) == (5, (4, 1), True, 1)
+        for name in ("decision", "action", "reward", "terminated", "truncated", "intervened", "valid"):
+            assert torch.equal(getattr(part, name), getattr(segment, name)[:, [column]]), name
+        assert part.log_prob is None and part.value is None

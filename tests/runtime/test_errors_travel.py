@@ -1,0 +1,45 @@
+"""An exception arrives in another process as what it was, or at least as what it said."""
+
+import threading
+
+import pytest
+
+pytest.importorskip("ray")
+
+from rlinf.core.errors import ConfigError, ProcessDied
+from rlinf.runtime.local import ChannelClosed
+from rlinf.runtime.ray_process import pack_error, unpack_error
+
+
+class WithOtherArguments(ConfigError):
+    def __init__(self, key, wrong):
+        super().__init__(f"{key} is {wrong}")
+        self.key = key
+
+
+class WithALock(Exception):
+    def __init__(self):
+        super().__init__("locked")
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a", 1), KeyError("k"), FileNotFoundError(2, "No such file", "x"), WithOtherArguments("a.b", 3),
+     ProcessDied("gone", 4)],
+)  # fmt: skip
+def test_it_is_the_same(error):
+    twin = unpack_error(pack_error(error))
+    assert type(twin).__name__ == type(error).__name__ and isinstance(twin, type(error).__mro__[1])
+    assert str(twin) == str(error) and twin.args == error.args and twin.__dict__ == error.__dict__
+
+
+def test_a_closed_channel_keeps_its_cause():
+    twin = unpack_error(pack_error(ChannelClosed("obs", WithOtherArguments("a.b", 3))))
+    assert isinstance(twin, ChannelClosed) and twin.cause.key == "a.b"
+    assert str(twin) == "channel 'obs' was closed: a.b is 3"
+
+
+def test_what_cannot_travel_says_what_it_was():
+    twin = unpack_error(pack_error(WithALock()))
+    assert type(twin) is RuntimeError and str(twin) == "WithALock: locked"
