@@ -308,6 +308,7 @@ def build_crew(
     auto_reset: bool = True,
     timeout_s: float = 20.0,
     weights: Weights | None = None,
+    offload: bool = False,
 ) -> Crew:
     """One env worker per entry of `envs` (its stages), shared out evenly among one rollout worker per actor."""
     obs, actions, experience, stop = Channel("obs"), Channel("actions"), Channel("experience"), Flag()
@@ -326,15 +327,17 @@ def build_crew(
         return RolloutWorker(
             actors[rank], obs, actions, weights,
             sources=[(r, stage) for r in ranks for stage in range(len(envs[r]))],
-            generator=torch_generator(rank, "rollout"), timeout_s=timeout_s,
+            generator=torch_generator(rank, "rollout"), timeout_s=timeout_s, offload=offload,
         )  # fmt: skip
+
+    def learner() -> LearnerWorker:
+        away_from = torch.device("cpu") if offload else None
+        return LearnerWorker(algorithm, experience, weights, stop, offload_from=away_from)
 
     return Crew(
         env=Group("env", [lambda r=r: env(r) for r in range(len(envs))], channels=channels, stop=stop),
         rollout=Group("rollout", [lambda r=r: rollout(r) for r in range(len(actors))], channels=channels, stop=stop),
-        learner=Group(
-            "learner", [lambda: LearnerWorker(algorithm, experience, weights, stop)], channels=channels, stop=stop
-        ),
+        learner=Group("learner", [learner], channels=channels, stop=stop),
         stop=stop,
         weights=weights,
     )

@@ -102,7 +102,10 @@ ALIASES: tuple[Alias, ...] = (
     Alias("algorithm.replay_buffer.auto_save_path", "algorithm.replay_buffer.storage_dir"),
 )
 
-_ONE_PROCESS = "this run lives in one process and moves nothing between devices; remove the key"
+_ALL_REDUCE = "the learner's ranks share gradients by one all-reduce (docs/decisions/0015); remove the key"
+_WEIGHTS = (
+    "weights reach every machine once, and asynchronous runs do not wait for them (docs/cluster.md); remove the key"
+)
 _NO_SUCH_TERM = "no loss here has such a term; remove the key"
 _ONLY_IN_PPO = "only PPO (loss_type: actor_critic) has this; remove the key"
 _FROM_ALGORITHM = "the heads follow from algorithm.loss_type; remove the key"
@@ -123,24 +126,22 @@ RETIRED: Mapping[str, str] = {
     "algorithm.loss_agg_func": _ONLY_IN_PPO,
     "algorithm.replay_buffer.enable_cache": "the buffer is always in memory, or under storage_dir; remove the key",
     "algorithm.replay_buffer.auto_save": "checkpoints hold the buffer; write storage_dir to have it on disk",
-    "env.*.enable_offload": _ONE_PROCESS,
+    "env.*.enable_offload": "simulators stay on their device; remove the key",
     "env.*.use_full_state": "the state is always complete; remove the key",
-    "rollout.backend": _ONE_PROCESS,
+    "rollout.backend": "the policy itself acts; remove the key",
     "rollout.generation_backend": "the policy itself acts; remove the key",
-    "rollout.enable_offload": _ONE_PROCESS,
     "rollout.collect_transitions": "transitions are always recorded; remove the key",
     "rollout.collect_prev_infos": "what the algorithm needs is recorded; remove the key",
-    "actor.training_backend": _ONE_PROCESS,
-    "actor.fsdp_config": _ONE_PROCESS,
-    "actor.enable_offload": _ONE_PROCESS,
-    "actor.sync_weight_no_wait": _ONE_PROCESS,
+    "actor.training_backend": _ALL_REDUCE,
+    "actor.fsdp_config": _ALL_REDUCE,
+    "actor.sync_weight_no_wait": _WEIGHTS,
     "actor.*optim.adam_beta1": "write betas: [0.9, 0.999] in the same section",
     "actor.*optim.adam_beta2": "write betas: [0.9, 0.999] in the same section",
     "actor.model.hidden_dim": "write hidden_dims (mlp_policy) or d_model (flow_policy)",
     "actor.model.add_q_head": _FROM_ALGORITHM,
     "actor.model.add_value_head": _FROM_ALGORITHM,
     "actor.model.is_lora": "LoRA is for large models; remove the key",
-    "weight_syncer": _ONE_PROCESS,
+    "weight_syncer": _WEIGHTS,
     "reward": "rewards come from the environment; write env.train.reward_mode",
     "critic": "the critic is written under actor (critic_optim, model.num_q_heads)",
     "hydra": "Hydra only composes here: nothing is run or logged by it; remove the key",

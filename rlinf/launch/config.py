@@ -130,6 +130,11 @@ class ActorConfig(Config):
         "of all and at least one.",
     )
     compile_model: bool = Field(False, description="Compile the losses with torch.compile.")
+    enable_offload: bool = Field(
+        False,
+        description="While experience is collected, networks and optimizers wait in the CPU's memory: for a learner that "
+        "shares its GPU. Not in runs that learn while collecting.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="Number format of matrix products; weights, averages and all else stay in float32. bf16 on a CPU "
@@ -146,6 +151,9 @@ class RolloutConfig(Config):
     group_name: str = Field("RolloutGroup", description="Name of the role in messages and thread names.")
     pipeline_stage_num: PositiveInt = Field(
         1, description="Parts of the environments that take turns, so that one is stepped while another is answered."
+    )
+    enable_offload: bool = Field(
+        False, description="While nobody asks it, keep the acting policy in the CPU's memory. Not in asynchronous runs."
     )
     noise_correlation: float = Field(
         0.0,
@@ -207,6 +215,17 @@ def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
         yield (
             "runner.only_eval",
             "runner.only_eval needs something to evaluate; give runner.ckpt_path (or runner.resume_dir) a checkpoint",
+        )
+    if root.actor.enable_offload and (root.runner.overlap or root.runner.asynchronous):
+        key = "runner.asynchronous" if root.runner.asynchronous else "runner.overlap"
+        yield (
+            "actor.enable_offload",
+            f"actor.enable_offload: the learner works while the environments play; write {key}=False or remove the key",
+        )
+    if root.rollout.enable_offload and root.runner.asynchronous:
+        yield (
+            "rollout.enable_offload",
+            "rollout.enable_offload: in an asynchronous run the policy never rests; remove the key",
         )
     staleness = root.runner.max_staleness
     if staleness is not None and root.runner.asynchronous and staleness < updates_per_step(root):

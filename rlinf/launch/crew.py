@@ -272,6 +272,7 @@ def _rollout_worker(
         generator=torch_generator(config.runner.seed, f"policy/{name}", device),
         noise_correlation=noise_correlation,
         device=device,
+        offload=config.rollout.enable_offload,
     )
 
 
@@ -296,7 +297,15 @@ def _learner_worker(
     demos = build_demo_buffer(config, demo, spaces, ranks) if demo is not None else None
     algorithm = build_algorithm(config, networks, device, demos, ranks)
     num_threads = max(1, num_learner_threads(config) // layout.learners_per_machine)
-    return LearnerWorker(algorithm, experience, weights, stop, ranks=ranks, num_threads=num_threads)
+    return LearnerWorker(
+        algorithm,
+        experience,
+        weights,
+        stop,
+        ranks=ranks,
+        num_threads=num_threads,
+        offload_from=device if config.actor.enable_offload else None,
+    )
 
 
 def _seed_of_rank(seed: int, rank: int) -> int:

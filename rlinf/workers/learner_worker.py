@@ -23,6 +23,7 @@ from rlinf.core.types import Trajectory
 from rlinf.metrics.aggregate import MetricMean, mean_of_ranks, whole_buffer
 from rlinf.runtime.local import Channel, Flag, Weights
 from rlinf.workers.finite import non_finite
+from rlinf.workers.offload import Offload
 from rlinf.workers.state_files import load_state, save_state, save_weights
 
 POLICY_FILE = "model.safetensors"
@@ -46,7 +47,7 @@ class LearnerWorker:
     """Hosts one algorithm, or one rank of it. Takes from `experience` what is for its rank.
 
     `ranks` is that of the algorithm; `num_threads` the thread count of torch in the thread that builds and runs this
-    worker.
+    worker. With `offload_from`, a device, networks and optimizers leave it after a publication until they are needed.
     """
 
     def __init__(
@@ -58,15 +59,18 @@ class LearnerWorker:
         *,
         ranks: Ranks = ONE_RANK,
         num_threads: int = 1,
+        offload_from: torch.device | None = None,
     ) -> None:
         self.algorithm, self.experience, self.weights, self.stop = algorithm, experience, weights, stop
         self.ranks = ranks
         self.progress = Progress()
         self._staleness: list[int] = []
+        self._offload = Offload(algorithm.state_dict, offload_from) if offload_from is not None else None
         torch.set_num_threads(num_threads)
 
     def ingest(self) -> Progress:
         """Give the algorithm every trajectory that waits, in an order that does not depend on timing."""
+        self._needed()
         trajectories: list[Trajectory] = self.experience.drain(key=self.ranks.rank)
         # Stable: segments of one source keep their order. Sources are told apart by rank and stage.
         trajectories.sort(key=lambda trajectory: trajectory.source)
@@ -81,6 +85,7 @@ class LearnerWorker:
 
     def ready(self) -> bool:
         """Whether there is enough experience to learn from."""
+        self._needed()
         return self.algorithm.ready()
 
     def report(self) -> Progress:
@@ -95,6 +100,7 @@ class LearnerWorker:
         than the learner the weights were that played them, the oldest of each segment. All are over all ranks.
         Raises NonFiniteError when a loss was NaN or infinite on any of them.
         """
+        self._needed()
         metrics, losses = MetricMean(), dict[str, list[tuple[int, Tensor | float]]]()
         if self.algorithm.ready():
             for _ in range(epochs):
@@ -133,6 +139,7 @@ class LearnerWorker:
 
         Raises NonFiniteError, before anything is published, when they hold NaN or infinity on any rank.
         """
+        self._needed()
         version, state = self.algorithm.acting_weights()
         if bad := self._non_finite(state):
             raise NonFiniteError(
@@ -141,7 +148,14 @@ class LearnerWorker:
             )
         if self.ranks.rank == 0:
             self.weights.publish(version, state, wait=wait)
+        if self._offload is not None:
+            self._offload.leave()
         return version
+
+    def _needed(self) -> None:
+        """Bring back to the device what rests elsewhere."""
+        if self._offload is not None:
+            self._offload.come_back()
 
     def _non_finite(self, state: dict[str, Any]) -> str | None:
         """Path of a tensor in `state` that is not finite, on whichever rank."""
@@ -150,6 +164,7 @@ class LearnerWorker:
 
     def save(self, directory: Path) -> Progress:
         """Write policy, learner state and buffers into `directory`, which all ranks see. Raises CheckpointError."""
+        self._needed()
         state = self.algorithm.state_dict()
         if bad := self._non_finite(state):
             raise CheckpointError(f"nothing was saved, because '{bad}' of the learner is not finite")
@@ -168,6 +183,7 @@ class LearnerWorker:
 
         Raises CheckpointError naming what is missing or does not fit.
         """
+        self._needed()
         state = load_state(directory / LEARNER_FILE)
         if not {"algorithm", "progress"} <= state.keys():
             raise CheckpointError(f"{directory / LEARNER_FILE} is not a learner's state; choose another checkpoint")

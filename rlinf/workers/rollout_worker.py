@@ -15,6 +15,7 @@ from rlinf.core.protocols import Mode
 from rlinf.core.seeding import derive_seed
 from rlinf.core.types import ActionOut, Obs
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Weights
+from rlinf.workers.offload import Offload
 
 
 class ActingNetwork(Protocol):
@@ -30,6 +31,10 @@ class ActingNetwork(Protocol):
         """See torch.nn.Module."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """See torch.nn.Module."""
+        ...
+
 
 class RolloutWorker:
     """Hosts a copy of the policy and serves the environments in `sources`, always in that order.
@@ -40,6 +45,8 @@ class RolloutWorker:
     `noise_correlation`. Each z_t alone stays standard normal, so each decision alone stays distributed as the
     policy says; but consecutive ones push the same way, which reaches further than white noise does (Eberhard et
     al. 2023, "Pink noise is all you need", compare such processes).
+
+    With `offload` the network's memory on `device` is free while nothing is served.
     """
 
     def __init__(
@@ -54,11 +61,13 @@ class RolloutWorker:
         noise_correlation: float = 0.0,
         device: torch.device | str = "cpu",
         timeout_s: float = CHANNEL_TIMEOUT_S,
+        offload: bool = False,
     ) -> None:
         self.actor, self.obs, self.actions, self.weights = actor, obs, actions, weights
         self.sources, self.generator = list(sources), generator
         self.device, self.timeout_s = device, timeout_s
         self.noise_correlation = noise_correlation
+        self._offload = Offload(actor.state_dict, device) if offload else None
         self._noise: dict[tuple[int, int], Tensor] = {}
         self.version = -1
         # Batches are small here, and a second OpenMP thread would spin against the learner's.
@@ -75,6 +84,15 @@ class RolloutWorker:
     @torch.no_grad()
     def serve(self, mode: Mode) -> int:
         """Answer every source until it says (by None) that it asks no more. Returns the number of answers."""
+        if self._offload is None:
+            return self._serve(mode)
+        self._offload.come_back()
+        try:
+            return self._serve(mode)
+        finally:
+            self._offload.leave()
+
+    def _serve(self, mode: Mode) -> int:
         asking, answers = list(self.sources), 0
         while asking:
             for source in list(asking):
