@@ -132,7 +132,7 @@ class ActorConfig(Config):
     compile_model: bool = Field(False, description="Compile the losses with torch.compile.")
     enable_offload: bool = Field(
         False,
-        description="While experience is collected, networks and optimizers wait in the memory of the CPU: for a learner "
+        description="While experience is collected, networks and optimizers wait in the CPU's memory, for a learner "
         "that shares its GPU. Not in runs that learn while collecting.",
     )
     precision: Literal["fp32", "bf16"] = Field(
