@@ -336,8 +336,8 @@ def test_a_key_of_another_model_is_named_as_such(folder: Path) -> None:
         ),
         (
             "actor.fsdp_config.strategy=fsdp",
-            "actor.fsdp_config: not used here; the learner's ranks share gradients by one all-reduce (docs/decisions/0015); "
-            "remove the key",
+            "actor.fsdp_config: not used here; the learner's ranks share gradients by one all-reduce "
+            "(docs/decisions/0015); remove the key",
         ),
         ("actor.model=null", "actor.model = None: should be a section with keys of its own"),
         ("algorithm.demo_buffer={}", "algorithm.demo_buffer.load_path: this key is required and has no value"),
