@@ -273,6 +273,10 @@ def share_problems(root: Root, counts: Mapping[str, int | None]) -> Iterator[tup
 def check_plan(root: Root, plan: Plan) -> None:
     """Raise ConfigError, with a line for each problem, when batches or environments do not fit the plan's processes."""
     problems = list(share_problems(root, {role: plan.world_size(role) for role in plan.processes}))
+    places = [process.place for process in plan.processes["actor"] if process.devices]
+    if len(set(places)) < len(places):
+        problems.append((PLACEMENT, f"{PLACEMENT} puts two processes of actor on one accelerator, which NCCL refuses; "
+                         "give each one of its own"))  # fmt: skip
     if problems:
         raise ConfigError("\n".join(message for _, message in problems))
 

@@ -81,14 +81,12 @@ def seats_of(hosts: Sequence[Sequence[Process]], machines: Sequence[Machine]) ->
     for processes in hosts:
         first, machine = processes[0], machines[processes[0].node_rank]
         environment = dict(first.env_vars)
-        if first.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, first.devices))
         if len(machines) == 1:
             # Ranks of a learner look for each other under the machine's name, which may not be known.
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         name = " + ".join(f"{process.role} {process.rank}" for process in processes)
         ip = LOOPBACK if len(machines) == 1 else machine.ip
-        seats.append(Seat(name, machine.node_id, ip, machine.name, environment, first.python))
+        seats.append(Seat(name, machine.node_id, ip, machine.name, first.devices, environment, first.python))
     return seats
 
 

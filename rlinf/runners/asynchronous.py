@@ -106,9 +106,10 @@ class Asynchronous:
             self._waiting += 1
             if self.playing:
                 self._oldest = self._published_before_its_end
-        self._published_before_its_end = self.run.published
         if not self.playing:
-            self._oldest = self.run.published
+            self._oldest = self._published_before_its_end = self.run.published
+        elif not self.playing[0].playing.any_done:  # one that has ended it plays the next already
+            self._published_before_its_end = self.run.published
         while len(self.playing) < IN_FLIGHT and self._waiting < WAITING and not self.run.crew.stop.is_set():
             self.playing.append(self.run.crew.collect(self.run.schedule.chunks, 1))
 
@@ -175,9 +176,10 @@ class Asynchronous:
                 "raise runner.val_check_interval or lower env.eval.rollout_epoch"
             )
             return {}
-        run.publish()
-        run.evaluator.pin(run.crew.weights)
-        self.evaluating = run.evaluator.start(step, film=run.schedule.films(step))
+        with self._replacing_who_dies():
+            run.publish()
+            run.evaluator.pin(run.crew.weights)
+            self.evaluating = run.evaluator.start(step, film=run.schedule.films(step))
         return {}
 
     def _finished_evaluation(self) -> dict[str, float]:
@@ -196,14 +198,19 @@ class Asynchronous:
             return {}
         with run.timed("eval"):
             if self.evaluating is not None:
-                unreported = self.evaluating.finish(run.reporter)
-                self.evaluating = None
-                run.log(step - 1, evaluation=unreported)
-            if run.crew.stop.is_set():
-                return {}
-            run.publish()
-            run.evaluator.pin(run.crew.weights)
-            return run.evaluator.run(run.reporter, step, film=run.schedule.films(step))
+                with self._replacing_who_dies():
+                    unreported = self.evaluating.finish(run.reporter)
+                    self.evaluating = None
+                    run.log(step - 1, evaluation=unreported)
+            while not run.crew.stop.is_set():
+                with self._replacing_who_dies():
+                    run.publish()
+                    run.evaluator.pin(run.crew.weights)
+                    self.evaluating = run.evaluator.start(step, film=run.schedule.films(step))
+                    metrics = self.evaluating.finish(run.reporter)
+                    self.evaluating = None
+                    return metrics
+            return {}
 
     def _env_rate(self, env_steps: int) -> float:
         """Environment steps per second between the last two arrivals; segments may take longer than a global step."""

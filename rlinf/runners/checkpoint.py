@@ -157,11 +157,23 @@ def save_run(store: CheckpointStore, crew: Crew, global_step: int, *, exact: boo
             workers["env"] = crew.env.run(EnvWorker.checkpoint, global_step).wait()
             workers["rollout"] = crew.rollout.run(RolloutWorker.checkpoint).wait()
         # Without hurry: a large replay buffer may take longer to write than a stop may take otherwise.
-        progress = crew.learner.run(LearnerWorker.save, directory).wait(hurry=False)[0]
+        results = crew.learner.run(_try_to_save, directory).wait(hurry=False)
+        for result in results:
+            if not isinstance(result, Progress):
+                raise result
         save_state(directory / WORKERS_FILE, workers)
-        return progress
+        assert isinstance(results[0], Progress)
+        return results[0]
 
     return store.write(global_step, fill)
+
+
+def _try_to_save(worker: LearnerWorker, directory: Path) -> Progress | OSError | CheckpointError:
+    """What went wrong as a result: all ranks come to an end, and the run may go on without this checkpoint."""
+    try:
+        return worker.save(directory)
+    except (OSError, CheckpointError) as error:
+        return error
 
 
 def load_run(crew: Crew, path: str | Path) -> int:

@@ -109,19 +109,35 @@ class Crew:
 
         Raises `error` when a learner died, when there were too many deaths, or when the run is to end.
         """
-        if self.runtime is None or self.restarts >= self.max_restarts or self.stop.is_set():
-            raise error
-        for handle in interrupted:
+        interrupted = list(interrupted)
+        for handle in interrupted if self.max_restarts else ():
             handle.failures(INTERRUPT_TIMEOUT_S)
-        dead = self.runtime.dead()
-        if not dead or set(dead) & set(self.learner.hosts):
-            raise error
-        self.restarts += 1
-        self.runtime.replace(dead)
-        self.env.run(EnvWorker.abandon, f"restart/{self.restarts}").wait()
-        self.publish()
+        if any(not handle.done for handle in interrupted):
+            raise error  # somebody plays on and would be in the way of the new ones
+        while not self._replaced(error):
+            pass
         left = self.max_restarts - self.restarts
         return f"{error}. It was replaced; what was being played is played anew. Restarts left: {left}"
+
+    def _replaced(self, error: ProcessDied) -> bool:
+        """Replace whoever is dead now; False when another one died meanwhile. Raises `error` where that cannot be."""
+        if self.runtime is None or self.restarts >= self.max_restarts or self.stop.is_set():
+            raise error
+        dead = self.runtime.dead()
+        if lost := set(dead) & set(self.learner.hosts):
+            where = " and ".join(self.runtime.describe(process) for process in sorted(lost))
+            raise ProcessDied(f"the learner is gone: the process {where} ended", min(lost)) from error
+        if not dead:
+            raise error
+        self.restarts += 1
+        try:
+            self.runtime.replace(dead)
+            self.env.run(EnvWorker.abandon, f"restart/{self.restarts}").wait()
+            self.rollout.run(RolloutWorker.abandon, f"restart/{self.restarts}").wait()
+            self.publish()
+        except ProcessDied:
+            return False
+        return True
 
     def close(self) -> list[str]:
         """Close the environments and let the threads end. Returns what went wrong with that, in words."""

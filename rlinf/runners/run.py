@@ -78,7 +78,11 @@ class Run:
         """Write a checkpoint, with nothing in flight. Only the last one must succeed: others are tried again later."""
         with self.timed("checkpoint"):
             try:
-                save_run(self.store, self.crew, step)
+                try:
+                    save_run(self.store, self.crew, step)
+                except ProcessDied as error:
+                    self.recover(error, ())
+                    save_run(self.store, self.crew, step)
                 self.kept = self.crew.progress()
                 # A resumed run begins by publishing; this one must go on alike.
                 self._steps_since_publication = self.schedule.sync_interval

@@ -94,12 +94,17 @@ class Synchronous:
         """Evaluate the weights of now; what is collected ahead keeps those that it began with."""
         run = self.run
         with run.timed("eval"):
-            self.settle()
-            run.publish()
+            interrupted = list(self.ahead.handles if self.ahead else ())
             while not run.crew.stop.is_set():
-                evaluating = evaluator.start(step, film=run.schedule.films(step))
                 try:
+                    self.settle()
+                    run.publish()
+                    if run.crew.stop.is_set():
+                        break
+                    evaluating = evaluator.start(step, film=run.schedule.films(step))
+                    interrupted += evaluating.handles
                     return evaluating.finish(run.reporter)
                 except ProcessDied as error:
-                    run.recover(error, evaluating.handles)
+                    run.recover(error, interrupted)
+                    self.ahead = None  # it is collected when its turn comes
             return {}

@@ -46,8 +46,8 @@ def joined(
 ) -> Iterator[list[Machine]]:
     """The machines of a Ray cluster, the one that Ray's head is on first. Leaves the cluster at the end.
 
-    Without an address: the cluster that runs on this machine, or for one node a new one that ends with the context
-    and listens on this machine alone.
+    Without an address: the cluster that `ray start` made this machine part of, or for one node a new one that ends with
+    the context.
 
     Args:
         note: gets a line now and then while machines are missing.
@@ -64,7 +64,14 @@ def joined(
     if ours:
         _initialise(address or os.environ.get("RAY_ADDRESS"), num_nodes)
     try:
-        yield _gather(num_nodes, note, timeout_s)
+        machines = _gather(num_nodes, note, timeout_s)
+        if len(machines) > num_nodes:
+            raise WorkerDied(
+                f"{len(machines)} machines are there ({', '.join(machine.name for machine in machines)}) and "
+                f"cluster.num_nodes is {num_nodes}: which of them are meant? Write {len(machines)}, or take the others "
+                "out with: bash examples/embodiment/ray_up.sh down"
+            )
+        yield machines
     finally:
         if ours:
             ray.shutdown()
@@ -75,11 +82,13 @@ def _initialise(address: str | None, num_nodes: int) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if address is None and num_nodes == 1 and not _runs_here():
-        ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    if (address := address or _started_here()) is None and num_nodes == 1:
+        ray.init("local", include_dashboard=False, **quiet)
         return
     try:
-        ray.init(address or "auto", **quiet)
+        if address is None:
+            raise ConnectionError("none was started")
+        ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"at {address}" if address else "on this machine"
         raise WorkerDied(
@@ -89,11 +98,14 @@ def _initialise(address: str | None, num_nodes: int) -> None:
         ) from error
 
 
-def _runs_here() -> bool:
-    """Whether a cluster was started on this machine."""
-    from ray._private.services import find_gcs_addresses
+def _started_here() -> str | None:
+    """Address of the cluster that `ray start` made this machine part of; those that other runs have to themselves are
+    none of ours.
+    """
+    from ray._private.services import find_bootstrap_address, find_gcs_addresses
 
-    return bool(find_gcs_addresses())
+    address = find_bootstrap_address(None)
+    return address if address in find_gcs_addresses() else None
 
 
 def _gather(num_nodes: int, note: Callable[[str], None], timeout_s: float) -> list[Machine]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 import socket
 import struct
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf.core.errors import WorkerDied
+from rlinf.core.errors import ProcessDied, WorkerDied
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, ChannelClosed
 
 INLINE_BYTES = 1 << 15
@@ -115,6 +116,7 @@ class Exchange:
         self._addresses: dict[int, Address] = {}
         self._lines: dict[int, _Line] = {}
         self._lock = threading.Lock()
+        self._connecting: dict[int, threading.Lock] = {}
         self._server = socket.create_server((ip, 0))
         self.address: Address = self._server.getsockname()[:2]
         threading.Thread(target=self._accept, name="exchange", daemon=True).start()
@@ -136,12 +138,14 @@ class Exchange:
     def send(self, to: int, channel: str, key: Any, item: Any, *, confirm: bool) -> None:
         """Put `item` into the channel in process number `to`. With `confirm`, return when it is there.
 
-        Raises WorkerDied when that process cannot be reached, ChannelClosed when the channel is closed there.
+        Raises ProcessDied when that process cannot be reached, ChannelClosed when the channel is closed there.
         """
         try:
             problem = self._line(to).send((channel, key, item), confirm, CHANNEL_TIMEOUT_S)
         except (OSError, EOFError, AuthenticationError) as error:
-            raise WorkerDied(f"process {to}, at {self._addresses.get(to)}, cannot be reached: {error}") from error
+            reason = str(error) or type(error).__name__
+            message = f"process {to}, at {self._addresses.get(to)}, cannot be reached: {reason}"
+            raise ProcessDied(message, to) from error
         if problem:
             raise ChannelClosed(channel, WorkerDied(problem))
 
@@ -153,14 +157,23 @@ class Exchange:
 
     def _line(self, to: int) -> _Line:
         with self._lock:
-            if to not in self._lines:
-                connection = _connection(socket.create_connection(self._addresses[to], CONNECT_TIMEOUT_S))
-                if not connection.poll(CONNECT_TIMEOUT_S):
-                    raise TimeoutError(f"no greeting within {CONNECT_TIMEOUT_S:g} s")
-                answer_challenge(connection, self._key)
-                deliver_challenge(connection, self._key)
-                self._lines[to] = _Line(connection)
-            return self._lines[to]
+            if (line := self._lines.get(to)) is not None:
+                return line
+            address, connecting = self._addresses[to], self._connecting.setdefault(to, threading.Lock())
+        with connecting:  # others need the lock of all meanwhile
+            with self._lock:
+                if (line := self._lines.get(to)) is not None:
+                    return line
+            called = socket.create_connection(address, CONNECT_TIMEOUT_S)
+            connection = _connection(called, CONNECT_TIMEOUT_S)
+            answer_challenge(connection, self._key)
+            deliver_challenge(connection, self._key)
+            _set_deadline(connection.fileno(), CHANNEL_TIMEOUT_S)
+            line = _Line(connection)
+            with self._lock:
+                if self._addresses.get(to) == address:
+                    self._lines[to] = line
+            return line
 
     def _accept(self) -> None:
         while True:
@@ -168,12 +181,14 @@ class Exchange:
                 caller, _ = self._server.accept()
             except OSError:
                 return  # closed
-            threading.Thread(target=self._listen, args=[_connection(caller)], name="line", daemon=True).start()
+            connection = _connection(caller, CONNECT_TIMEOUT_S)
+            threading.Thread(target=self._listen, args=[connection], name="line", daemon=True).start()
 
     def _listen(self, connection: Connection) -> None:
         try:
             deliver_challenge(connection, self._key)
             answer_challenge(connection, self._key)
+            _set_deadline(connection.fileno(), None)  # it may be silent for as long as it likes
             while True:
                 self._receive(connection)
         except (OSError, EOFError, AuthenticationError):
@@ -186,21 +201,35 @@ class Exchange:
         memories = [bytearray(size) for size in sizes]
         for memory in memories:
             connection.recv_bytes_into(memory)
-        channel, key, item = pickle.loads(message[5 + 8 * count :], buffers=memories)
         problem = ""
         try:
+            channel, key, item = pickle.loads(message[5 + 8 * count :], buffers=memories)
             self.channel(channel).put(item, key)
         except ChannelClosed as closed:
             problem = str(closed.cause)  # whoever sent it without waiting is told by the run
+        except Exception as error:  # whatever unpickling raises, for instance for a class that is missing here
+            problem = f"a message could not be read: {type(error).__name__}: {error}"
+            for mine in list(self._channels.values()):
+                mine.close(WorkerDied(problem))
         if confirm:
             connection.send_bytes(problem.encode())
 
 
-def _connection(sock: socket.socket) -> Connection:
+def _connection(sock: socket.socket, deadline_s: float) -> Connection:
+    """Of a connected socket; sending and receiving raise OSError after `deadline_s`."""
     sock.settimeout(None)
     # Small messages go at once instead of waiting to be joined with the next one.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Connection(sock.detach())
+    connection = Connection(sock.detach())
+    _set_deadline(connection.fileno(), deadline_s)
+    return connection
+
+
+def _set_deadline(descriptor: int, seconds: float | None) -> None:
+    """By the kernel: Connection itself knows none. None: wait for ever."""
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds or 0), 0))
 
 
 _here: Exchange | None = None
@@ -242,8 +271,9 @@ class RoutedChannel(Channel):
         here, owner = this_exchange(), self.owners[key]
         if owner == here.index:
             here.channel(self.name).put(item, key)
-        else:
-            here.send(owner, self.name, key, item, confirm=self.confirm)
+            return
+        here.channel(self.name).require_open()
+        here.send(owner, self.name, key, item, confirm=self.confirm)
 
     def get(self, key: Any = 0, timeout_s: float = CHANNEL_TIMEOUT_S) -> Any:
         """As `Channel.get`; only in the process that owns the key."""

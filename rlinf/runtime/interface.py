@@ -44,6 +44,10 @@ class Runtime(Protocol):
         """host:port at which processes can meet that of number `host`, which is to listen there."""
         ...
 
+    def describe(self, host: int) -> str:
+        """A process in words."""
+        ...
+
     def dead(self) -> list[int]:
         """Numbers of the processes that have ended."""
         ...

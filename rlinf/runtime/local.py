@@ -28,7 +28,7 @@ from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Protocol, Typ
 
 from torch import Tensor
 
-from rlinf.core.errors import RlinfError, WorkerDied
+from rlinf.core.errors import ProcessDied, RlinfError, WorkerDied
 
 W = TypeVar("W")
 P = ParamSpec("P")
@@ -36,6 +36,8 @@ R = TypeVar("R")
 
 CHANNEL_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 3600.0
+GRACE_S = 1.0
+"""For the cause of a failure to show itself after its first consequence."""
 STOP_TIMEOUT_S = 10.0
 """How long a call may still take once its run has been asked to stop."""
 
@@ -74,6 +76,12 @@ class Channel:
         self._items: dict[Any, deque[Any]] = defaultdict(deque)
         self._changed = threading.Condition()
         self._cause: BaseException | None = None
+
+    def require_open(self) -> None:
+        """Raises ChannelClosed if it is closed."""
+        with self._changed:
+            if self._cause is not None:
+                raise ChannelClosed(self.name, self._cause)
 
     def put(self, item: Any, key: Any = 0) -> None:
         """Append `item` to the queue of `key`. Raises ChannelClosed."""
@@ -250,6 +258,11 @@ class Handle(Generic[R]):
         return all(future.done() for _, future in self._calls)
 
     @property
+    def any_done(self) -> bool:
+        """Whether the call has ended on one of the replicas at least."""
+        return any(future.done() for _, future in self._calls)
+
+    @property
     def seconds(self) -> float:
         """From the call to the end of the replica that ended last so far."""
         return self._ended - self._started
@@ -277,7 +290,12 @@ class Handle(Generic[R]):
         while True:
             failed = [f for f in own | others if f.done() and f.exception() is not None]
             if failed:
-                raise _first_cause(failed)
+                cause = _first_cause(failed)
+                if type(cause) is WorkerDied and not all(f.done() for f in own | others):
+                    # Whoever misses another one may say so before the other's own end is known.
+                    wait_for_futures(own | others, timeout=GRACE_S)
+                    cause = _first_cause([f for f in own | others if f.done() and f.exception() is not None])
+                raise cause
             pending = {f for f in own if not f.done()}
             if not pending:
                 return [future.result() for _, future in self._calls]
@@ -325,11 +343,9 @@ def wait_for_one(
 
 
 def _first_cause(failed: list[Future[Any]]) -> BaseException:
-    """The failure that came first among failed calls: the one that was not itself caused by another."""
+    """The failure that was first among failed calls: one that was not itself caused by another, a death above all."""
     errors = [error for future in failed if (error := future.exception()) is not None]
-    for error in errors:
-        if not isinstance(error, ChannelClosed):
-            return error
+    errors.sort(key=lambda error: (isinstance(error, ChannelClosed), not isinstance(error, ProcessDied)))
     return errors[0].cause if isinstance(errors[0], ChannelClosed) else errors[0]
 
 
@@ -425,6 +441,10 @@ class LocalRuntime:
     def meeting_point(self, host: int) -> str:
         """None is needed: there is one process."""
         return ""
+
+    def describe(self, host: int) -> str:
+        """The only one."""
+        return "of the run itself"
 
     def dead(self) -> list[int]:
         """None: the one process would have died with the caller."""

@@ -23,7 +23,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RuntimeEnvSetupError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
@@ -50,6 +56,7 @@ class Seat:
         node_id: of the machine, as Ray calls it.
         ip: address of the machine, on which the process listens.
         machine: name of the machine.
+        devices: accelerators of the machine that the process sees, among those that Ray sees there.
         env_vars: environment variables of the process, beside those that Ray was started with on that machine.
         python: its interpreter; None for that of the caller.
     """
@@ -58,6 +65,7 @@ class Seat:
     node_id: str
     ip: str
     machine: str = "this machine"
+    devices: tuple[int, ...] = ()
     env_vars: Mapping[str, str] = field(default_factory=dict)
     python: str | None = None
 
@@ -239,13 +247,19 @@ class RayRuntime:
         self._counter = itertools.count()
         self._groups: list[RayGroup[Any]] = []
         self._kept: dict[str, bool] = {}
+        self._flags: list[RayFlag] = []
         self._introductions: dict[int, tuple[Address, int, str]] = {}
         self._actors = {index: self._start(index) for index in range(len(seats))}
-        self._introduce_all()
+        try:
+            self._introduce_all()
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self, index: int) -> Any:
         seat = self.seats[index]
-        environment: dict[str, Any] = {"env_vars": dict(seat.env_vars)} if seat.env_vars else {}
+        # Ray would hide all accelerators from an actor that asks for none; which it sees is the plan's affair.
+        environment: dict[str, Any] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **seat.env_vars}}
         if seat.python is not None:
             environment["py_executable"] = seat.python
         return (
@@ -256,9 +270,9 @@ class RayRuntime:
                 num_cpus=0,
                 max_concurrency=1000,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(seat.node_id, soft=False),
-                runtime_env=environment or None,
+                runtime_env=environment,
             )
-            .remote(index, seat.ip, self._key, sys.path, self._prepare)
+            .remote(index, seat.ip, self._key, sys.path, seat.devices, self._prepare)
         )
 
     def _introduce_all(self) -> None:
@@ -267,7 +281,6 @@ class RayRuntime:
                 *introduction, problem = self._answer(actor.introduce.remote(), index, CHANNEL_TIMEOUT_S)
                 self._introductions[index] = tuple(introduction)
                 if problem is not None:
-                    self.close()
                     raise unpack_error(problem)
         addresses = {index: address for index, (address, _, _) in self._introductions.items()}
         for index, actor in self._actors.items():
@@ -278,7 +291,7 @@ class RayRuntime:
             return ray.get(reference, timeout=timeout_s)
         except GetTimeoutError as error:
             raise WorkerDied(f"the process {self.describe(index)} gave no answer for {timeout_s:g} s") from error
-        except RayActorError as error:
+        except (RayActorError, RuntimeEnvSetupError, ActorUnschedulableError) as error:
             raise ProcessDied(f"the process {self.describe(index)} ended: {error}", index) from error
 
     def actor(self, host: int) -> Any:
@@ -311,7 +324,8 @@ class RayRuntime:
 
     def flag(self) -> Flag:
         """A switch that every process sees."""
-        return RayFlag(self, f"flag {self.new_number()}")
+        self._flags.append(RayFlag(self, f"flag {self.new_number()}"))
+        return self._flags[-1]
 
     def channel(self, name: str, owners: Mapping[Any, int], *, confirm: bool = False) -> Channel:
         """A channel whose items of key k are taken out in process `owners[k]`."""
@@ -369,6 +383,9 @@ class RayRuntime:
         self.tell("reopen_channels", self._actors, self._kept)
         for group in self._groups:
             group.rebuild(hosts)
+        for flag in self._flags:
+            if flag.is_set():
+                self.tell("set_flag", hosts, flag.name, flag.reason)
 
     def meeting_point(self, host: int) -> str:
         """See Runtime. The port was free a moment ago."""

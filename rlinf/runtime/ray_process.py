@@ -29,7 +29,11 @@ from rlinf.runtime.local import CHANNEL_TIMEOUT_S, ChannelClosed, Flag, Replica,
 class Host:
     """The actor that is a process of the run. All its methods run on one event loop; replicas have threads."""
 
-    def __init__(self, index: int, ip: str, key: bytes, path: list[str], prepare: bytes) -> None:
+    def __init__(
+        self, index: int, ip: str, key: bytes, path: list[str], devices: Sequence[int], prepare: bytes
+    ) -> None:
+        if devices:  # before anybody asks CUDA for them
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), devices)
         # What the driver could import by name is sent by name.
         sys.path += [entry for entry in path if entry not in sys.path]
         self._prepare = prepare
@@ -75,17 +79,17 @@ class Host:
             call, answer = self._early.pop(turn)
             self._expected[replica] += 1
             _forward(self._replicas[replica].submit(call), answer)
+        return await asyncio.wrap_future(future)
+
+    def _run(self, replica: int, blob: bytes) -> Outcome:
         try:
-            return Outcome(value=await asyncio.wrap_future(future))
+            call = cloudpickle.loads(blob)
+            if isinstance(call, Build):
+                self._workers[replica] = call.builder()
+                return Outcome()
+            return Outcome(value=call.method(self._workers[replica], *call.args, **call.kwargs))
         except BaseException as error:  # the process' edge: whatever it is belongs to the caller
             return Outcome(error=pack_error(error), trace="".join(traceback.format_exception(error)))
-
-    def _run(self, replica: int, blob: bytes) -> Any:
-        call = cloudpickle.loads(blob)
-        if isinstance(call, Build):
-            self._workers[replica] = call.builder()
-            return None
-        return call.method(self._workers[replica], *call.args, **call.kwargs)
 
     async def whereabouts(self, replica: int) -> str:
         """The line that the replica is at."""
@@ -107,8 +111,9 @@ class Host:
 
     async def take_weights(self, name: str, version: int, state: Any) -> None:
         """Make `state`, arrays in shared memory, what readers of this process get."""
-        tensors = {key: as_tensor(array, dtype) for key, (array, dtype) in state.items()}
-        process_weights(name).publish(version, tensors)
+        if version > process_weights(name).version:  # an older one may arrive later
+            tensors = {key: as_tensor(array, dtype) for key, (array, dtype) in state.items()}
+            process_weights(name).publish(version, tensors)
 
     async def copy_weights(self, source: str, target: str) -> int:
         """Publish under `target` what is published under `source`; its version, -1 for nothing."""
@@ -143,6 +148,12 @@ class Outcome:
     trace: str = ""
 
 
+def visible_devices(visible: str | None, devices: Sequence[int]) -> str:
+    """What CUDA_VISIBLE_DEVICES has to be for `devices` to be seen, which are counted among those `visible` now."""
+    names = visible.split(",") if visible else None
+    return ",".join(names[device] if names else str(device) for device in devices)
+
+
 def _forward(source: Future[Any], target: Future[Any]) -> None:
     def hand_over(ended: Future[Any]) -> None:
         if (error := ended.exception()) is not None:
@@ -155,21 +166,29 @@ def _forward(source: Future[Any], target: Future[Any]) -> None:
 
 def pack_error(error: BaseException) -> bytes:
     """An exception for another process: itself, or what says the same."""
-    if isinstance(error, ChannelClosed):
-        return cloudpickle.dumps((ChannelClosed, error.name, pack_error(error.cause)))
     said = f"{type(error).__name__}: {error}"
+    if isinstance(error, ChannelClosed):
+        return cloudpickle.dumps((said, cloudpickle.dumps((ChannelClosed, error.name, pack_error(error.cause)))))
     # Pickle makes it anew from its arguments, which its constructor may refuse; then it is made without that.
     for parts in ((error,), (type(error), error.args, error.__dict__)):
         with contextlib.suppress(Exception):  # whatever its own code raises when it is copied
-            blob = cloudpickle.dumps(parts)
+            blob = cloudpickle.dumps((said, cloudpickle.dumps(parts)))
             if str(unpack_error(blob)) == str(error):
                 return blob
-    return cloudpickle.dumps((RuntimeError(said),))
+    return cloudpickle.dumps((said, b""))
 
 
 def unpack_error(blob: bytes) -> BaseException:
-    """Inverse of `pack_error`."""
-    kind, *rest = cloudpickle.loads(blob)
+    """Inverse of `pack_error`; a RuntimeError with its text where the class is not known here."""
+    said, inner = cloudpickle.loads(blob)
+    try:
+        return _error_of(inner)
+    except Exception:  # a missing module, above all
+        return RuntimeError(said)
+
+
+def _error_of(inner: bytes) -> BaseException:
+    kind, *rest = cloudpickle.loads(inner)
     if isinstance(kind, BaseException):
         return kind
     if kind is ChannelClosed:

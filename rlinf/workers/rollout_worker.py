@@ -116,6 +116,11 @@ class RolloutWorker:
         self._noise[source] = noise
         return noise
 
+    def abandon(self, name: str) -> None:
+        """Forget the segment that was interrupted; exploration goes on with noise of its own, seeded by `name`."""
+        self._noise.clear()
+        self.generator.manual_seed(derive_seed(self.generator.initial_seed(), name))
+
     def checkpoint(self) -> dict[str, Any]:
         """State of the generator, for `restore`. The noise of the past is forgotten, here as there."""
         self._noise.clear()

@@ -32,10 +32,10 @@ def plan_of(placement, stages, machines=MACHINES, groups=(), accelerators=True):
 def test_the_hybrid_layout_of_sixteen_accelerators():
     hosts, seats, layout = plan_of(HYBRID, stages=2)
     assert len(hosts) == len(seats) == 32
-    places = [(seat.node_id, seat.env_vars["CUDA_VISIBLE_DEVICES"]) for seat in seats]
-    assert [places[host] for host in layout.env] == [("id 0", str(i)) for i in range(8)]
-    assert [places[host] for host in layout.rollout] == [("id 1", str(i)) for i in range(8)]
-    assert [places[host] for host in layout.learner] == [(f"id {i // 8}", str(i % 8)) for i in range(16)]
+    places = [(seat.node_id, seat.devices) for seat in seats]
+    assert [places[host] for host in layout.env] == [("id 0", (i,)) for i in range(8)]
+    assert [places[host] for host in layout.rollout] == [("id 1", (i,)) for i in range(8)]
+    assert [places[host] for host in layout.learner] == [(f"id {i // 8}", (i % 8,)) for i in range(16)]
     assert {layout.answerer((rank, stage)) for rank in range(8) for stage in range(2)} == set(range(8))
     assert sorted(r for source in layout.learned_by.values() for r in source) == list(range(16))
     assert {seat.ip for seat in seats} == {"10.0.0.0", "10.0.0.1"}
@@ -59,7 +59,7 @@ def test_a_group_gives_its_processes_their_environment_and_one_machine_listens_o
     assert env.env_vars["A"] == "b" and env.python == "/opt/python"
     assert "A" not in rollout.env_vars and rollout.python is None
     assert {seat.ip for seat in seats} == {"127.0.0.1"}
-    assert all("CUDA_VISIBLE_DEVICES" not in seat.env_vars for seat in seats)
+    assert all(seat.devices == () for seat in seats)
 
 
 @dataclass(frozen=True)

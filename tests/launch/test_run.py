@@ -19,7 +19,7 @@ from rlinf.core.errors import CheckpointError, ConfigError, DataError, MissingDe
 from rlinf.core.types import Trajectory
 from rlinf.data.demos import DemoMeta, write_demos
 from rlinf.envs.reach import ReachWorlds
-from rlinf.launch import build, machine
+from rlinf.launch import crew, machine
 from rlinf.launch.config import Root
 from rlinf.launch.parse import load_config
 from rlinf.launch.play import play_run
@@ -277,27 +277,6 @@ def test_an_option_is_not_guessed_from_its_beginning(script: str) -> None:
 # ---- evaluation
 
 
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        (["cluster.num_nodes=2"], "cluster.num_nodes is 2"),
-        (["cluster.component_placement='actor,rollout: 0; env: 0:0-1'"], "env has 2 processes"),
-        (["cluster.backend=ray"], "cluster.backend asks for it"),
-    ],
-)
-def test_what_needs_ray_is_refused_before_anything_is_written(
-    reach_configs: Path, overrides: list[str], reason: str
-) -> None:
-    root = load(reach_configs, *overrides)
-    with pytest.raises(ConfigError) as caught:
-        train(root)
-    assert str(caught.value) == (
-        f"this run needs the ray backend ({reason}), which this version does not have; write "
-        "cluster.component_placement='actor,env,rollout: 0', cluster.num_nodes=1 and cluster.backend=auto"
-    )
-    assert not run_directory(root).exists()
-
-
 def test_a_run_can_be_evaluated_later_and_stays_as_it_was(reach_configs: Path, tmp_path: Path) -> None:
     assert train(load(reach_configs)) == 0
     run_dir = tmp_path / "logs/reach"
@@ -453,7 +432,7 @@ def test_environments_are_closed_when_the_rest_cannot_be_built(
     reach_configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = []
-    make_env = build.make_env
+    make_env = crew.make_env
 
     def watched(*arguments: object, **keywords: object) -> object:
         env = make_env(*arguments, **keywords)
@@ -461,7 +440,7 @@ def test_environments_are_closed_when_the_rest_cannot_be_built(
         monkeypatch.setattr(env, "close", lambda: (closed.append(env), close()))
         return env
 
-    monkeypatch.setattr(build, "make_env", watched)
+    monkeypatch.setattr(crew, "make_env", watched)
     with pytest.raises(ConfigError):
         train(load(reach_configs, "actor.model.obs_dim=7", "rollout.pipeline_stage_num=2"))
     assert len(closed) == 2

@@ -1,5 +1,6 @@
 """An exception arrives in another process as what it was, or at least as what it said."""
 
+import sys
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ pytest.importorskip("ray")
 
 from rlinf.core.errors import ConfigError, ProcessDied
 from rlinf.runtime.local import ChannelClosed
-from rlinf.runtime.ray_process import pack_error, unpack_error
+from rlinf.runtime.ray_process import pack_error, unpack_error, visible_devices
 
 
 class WithOtherArguments(ConfigError):
@@ -43,3 +44,24 @@ def test_a_closed_channel_keeps_its_cause():
 def test_what_cannot_travel_says_what_it_was():
     twin = unpack_error(pack_error(WithALock()))
     assert type(twin) is RuntimeError and str(twin) == "WithALock: locked"
+
+
+def test_an_error_whose_class_is_not_there_says_what_it_was(tmp_path, monkeypatch):
+    (tmp_path / "driver_of_a_robot.py").write_text("class ArmError(Exception):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import driver_of_a_robot
+
+    packed = pack_error(driver_of_a_robot.ArmError("joint 3 is hot"))
+    assert type(unpack_error(packed)) is driver_of_a_robot.ArmError
+    monkeypatch.delitem(sys.modules, "driver_of_a_robot")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    twin = unpack_error(packed)
+    assert type(twin) is RuntimeError and str(twin) == "ArmError: joint 3 is hot"
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "expected"),
+    [(None, (0, 2), "0,2"), ("", (1,), "1"), ("4,5", (1,), "5"), ("GPU-a,GPU-b", (1, 0), "GPU-b,GPU-a")],
+)
+def test_devices_are_counted_among_the_visible_ones(visible, devices, expected):
+    assert visible_devices(visible, devices) == expected

@@ -154,9 +154,11 @@ def kill_when(crew, process, steps):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def deadly_crew(runtime, max_restarts=2):
-    envs = [[partial(CountingEnv, 2, 0, slow(0.004))], [partial(CountingEnv, 2, 2, slow(0.004))]]
-    layout = Layout((0, 1), (0, 1), (2,), {(0, 0): 0, (1, 0): 1})
+PAIRS = Layout((0, 1), (0, 1), (2,), {(0, 0): 0, (1, 0): 1})
+
+
+def deadly_crew(runtime, max_restarts=2, layout=PAIRS):
+    envs = [[partial(CountingEnv, 2, 2 * rank, slow(0.004))] for rank in range(len(layout.env))]
     crew = build_crew_on(runtime, layout, envs, CountingActor, ForgivingAlgorithm)
     crew.runtime, crew.max_restarts = runtime, max_restarts
     return crew
@@ -175,15 +177,23 @@ class ForgivingAlgorithm(CountingAlgorithm):
         super().observe(trajectory)
 
 
-@pytest.mark.parametrize(("run", "overlap"), [(run_sync, False), (run_sync, True), (run_async, False)])
-def test_a_killed_process_of_env_and_rollout_is_replaced(mortal, tmp_path, run, overlap):
-    crew, reporter = deadly_crew(mortal), RecordingReporter()
-    kill_when(crew, 1, 300)
-    schedule = Schedule(num_steps=60, chunks=4, updates=3, overlap=overlap)
+@pytest.mark.parametrize(
+    ("run", "overlap", "layout", "killed"),
+    [
+        (run_sync, True, PAIRS, 1),
+        (run_async, False, PAIRS, 1),
+        (run_sync, False, APART, 0),
+        (run_sync, True, APART, 1),
+    ],
+)
+def test_a_killed_process_of_env_and_rollout_is_replaced(mortal, tmp_path, run, overlap, layout, killed):
+    crew, reporter = deadly_crew(mortal, layout=layout), RecordingReporter()
+    kill_when(crew, killed, 300)
+    schedule = Schedule(num_steps=60, chunks=4, updates=3, overlap=overlap, save_interval=7)
     assert run(crew, schedule, CheckpointStore(tmp_path), reporter) == 60
     assert verify(find(tmp_path)).progress.updates == 180
     [note] = [note for note in reporter.notes if "Restarts left: 1" in note]
-    assert "is gone: the process 'process 1'" in note
+    assert f"'process {killed}'" in note or f"process {killed}, at" in note
 
 
 def test_too_many_deaths_end_the_run_and_the_learner_is_saved(mortal, tmp_path):
@@ -200,7 +210,7 @@ def test_a_killed_learner_ends_the_run_with_the_checkpoint_to_go_on_from(mortal,
     crew, reporter = deadly_crew(mortal), RecordingReporter()
     kill_when(crew, 2, 500)
     began = time.monotonic()
-    with pytest.raises(ProcessDied, match=r"learner.* is gone: the process 'process 2'"):
+    with pytest.raises(ProcessDied, match=r"learner(\[0\])? is gone: the process 'process 2'"):
         run_sync(
             crew, Schedule(num_steps=10**6, chunks=4, updates=2, save_interval=5), CheckpointStore(tmp_path), reporter
         )
