@@ -31,7 +31,7 @@ from rlinf.launch.build import (
 )
 from rlinf.launch.config import Root
 from rlinf.launch.film import CaptionedEnv
-from rlinf.launch.machine import cores_for_training_envs, device_of, num_learner_threads
+from rlinf.launch.machine import cores_for_training_envs, device_of, num_cores, num_learner_threads
 from rlinf.runners.checkpoint import load_policy
 from rlinf.runners.crew import Crew
 from rlinf.runners.evaluate import Evaluator
@@ -143,8 +143,7 @@ def build_evaluator(
     experience = runtime.channel("eval experience", {})  # nothing is learned from evaluation
     channels = (obs, actions, experience)
     envs = [
-        partial(_eval_worker, config, rank, len(layout.env), obs, actions, experience, stop)
-        for rank in range(len(layout.env))
+        partial(_eval_worker, config, rank, layout, obs, actions, experience, stop) for rank in range(len(layout.env))
     ]
     name = f"{config.env.group_name} for evaluation"
     env = runtime.group(name, envs, layout.env, channels=channels, stop=stop)
@@ -226,12 +225,13 @@ def _env_worker(
 
 
 def _eval_worker(
-    config: Root, rank: int, ranks: int, obs: Channel, actions: Channel, experience: Channel, stop: Flag
+    config: Root, rank: int, layout: Layout, obs: Channel, actions: Channel, experience: Channel, stop: Flag
 ) -> EnvWorker:
     section = config.env.eval
     assert section is not None
     filming, seed = section.video_cfg.save_video, _seed_of_rank(section.seed, rank)
-    envs = _make_stages(config, section, ranks, seed, 1, render=filming)
+    cores = max(1, num_cores() // layout.envs_per_machine)
+    envs = _make_stages(config, section, len(layout.env), seed, 1, render=filming, cores=cores)
     if filming and section.video_cfg.info_on_video:
         envs = [CaptionedEnv(env) for env in envs]
     return EnvWorker(
