@@ -51,7 +51,8 @@ def test_a_failing_env_ends_the_run_and_the_learner_is_saved(tmp_path, overlap):
     assert "before_step" in trace, "the traceback leads into the environment"
     assert healthy.closed == broken.closed == 1
     manifest = verify(find(tmp_path))
-    assert manifest.global_step == 3
+    # The segment that fails is collected ahead, while step 2 learns, and may fail before or after that is over.
+    assert manifest.global_step in ({2, 3} if overlap else {3})
     assert manifest.progress.updates == algorithm.updates
     assert f"Go on with: runner.resume_dir={find(tmp_path)}" in reporter.notes[0]
 
