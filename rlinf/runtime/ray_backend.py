@@ -80,7 +80,7 @@ class RayFlag(Flag):
 
     def _pass_on(self, runtime: RayRuntime) -> None:
         self._event.wait()
-        runtime.tell_all("set_flag", self.name, self.reason)
+        runtime.tell_all(Host.set_flag, self.name, self.reason)
 
     def __reduce__(self) -> Any:
         return process_flag, (self.name,)
@@ -95,7 +95,7 @@ class RayChannel(RoutedChannel):
 
     def close(self, cause: BaseException) -> None:
         """Wake all who wait here, in every process."""
-        self._runtime.tell_all("close_channels", [self.name], pack_error(cause))
+        self._runtime.tell_all(Host.close_channels, [self.name], pack_error(cause))
 
 
 class RayWeights(Weights):
@@ -111,18 +111,18 @@ class RayWeights(Weights):
     def publish(self, version: int, state: dict[str, Tensor], *, wait: bool = True) -> None:
         """See Weights."""
         shared = ray.put({key: as_array(tensor) for key, tensor in state.items()})
-        self._runtime.tell("take_weights", self.readers, self.name, version, shared)
+        self._runtime.tell(Host.take_weights, self.readers, self.name, version, shared)
 
     def take_over(self, source: Weights) -> int:
         """See Weights; the state itself does not pass the driver."""
         assert isinstance(source, RayWeights)
-        versions = self._runtime.tell("copy_weights", self.readers, source.name, self.name)
+        versions = self._runtime.tell(Host.copy_weights, self.readers, source.name, self.name)
         return min(versions)
 
     @property
     def version(self) -> int:
         """See Weights."""
-        return min(self._runtime.tell("copy_weights", self.readers[:1], self.name, self.name))
+        return min(self._runtime.tell(Host.copy_weights, self.readers[:1], self.name, self.name))
 
 
 class _RemoteReplica:
@@ -306,15 +306,15 @@ class RayRuntime:
         _, pid, machine = self._introductions[host]
         return f"'{seat.name}' (process {pid} on {machine}, {seat.ip})"
 
-    def tell(self, method: str, hosts: Iterable[int], *args: Any) -> list[Any]:
-        """Call a method of processes and wait for their answers."""
-        sent = [(host, getattr(self._actors[host], method).remote(*args)) for host in hosts]
+    def tell(self, method: Callable[..., Any], hosts: Iterable[int], *args: Any) -> list[Any]:
+        """Call a method of `Host` in processes and wait for their answers."""
+        sent = [(host, getattr(self._actors[host], method.__name__).remote(*args)) for host in hosts]
         return [self._answer(reference, host, ANSWER_TIMEOUT_S) for host, reference in sent]
 
-    def tell_all(self, method: str, *args: Any) -> None:
-        """Call a method of all processes; those that are gone do not matter. Does not wait."""
+    def tell_all(self, method: Callable[..., Any], *args: Any) -> None:
+        """Call a method of `Host` in all processes; those that are gone do not matter. Does not wait."""
         for actor in list(self._actors.values()):
-            getattr(actor, method).remote(*args)
+            getattr(actor, method.__name__).remote(*args)
 
     def new_number(self) -> int:
         """One that was not given before."""
@@ -380,16 +380,16 @@ class RayRuntime:
         except ProcessDied:
             self._require_machines(hosts)  # Ray takes some seconds to find out that one is gone
             raise
-        self.tell("reopen_channels", self._actors, self._kept)
+        self.tell(Host.reopen_channels, self._actors, self._kept)
         for group in self._groups:
             group.rebuild(hosts)
         for flag in self._flags:
             if flag.is_set():
-                self.tell("set_flag", hosts, flag.name, flag.reason)
+                self.tell(Host.set_flag, hosts, flag.name, flag.reason)
 
     def meeting_point(self, host: int) -> str:
         """See Runtime. The port was free a moment ago."""
-        [port] = self.tell("free_port", [host])
+        [port] = self.tell(Host.free_port, [host])
         return f"{self.seats[host].ip}:{port}"
 
     def close(self) -> None:
