@@ -17,9 +17,12 @@ ppo    Gaussian policy with a value function, 3x256 tanh, minibatches of 256 out
        of policy and value. The peer is Stable-Baselines3's own `PPO.train()` on the same experience; it clips the joint
        gradient of both networks and rlinf that of each, the work is the same.
 
-bf16 is `actor.precision: bf16` on a CPU: float32 tensors, inner products in bfloat16 where the processor has them.
-The peers get the same setting in rows of their own. Freed memory is kept in the process for all of them, as
-in a run of rlinf. "batch given" leaves the replay buffer out.
+torch's fp32   float32 products as torch comes: by MKL
+fp32           as rlinf sets its process: by oneDNN where that stays in float32, see `rlinf.launch.machine`; for the
+               peers in rows of their own, so that what the setting alone brings can be told
+bf16           `actor.precision: bf16`: rlinf's networks under autocast
+
+Freed memory is kept in the process for all of them, as in a run of rlinf. "batch given" leaves the replay buffer out.
 
 limit rows: the matrix products of one rlinf update at the rate that this machine reaches with 1024 x 1024 matrices.
 """
@@ -28,7 +31,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +46,7 @@ from rlinf.algorithms.ppo import PPO
 from rlinf.algorithms.sac import SAC
 from rlinf.core.types import EnvSpaces, Trajectory, Transition
 from rlinf.launch.build import build_algorithm, build_networks
-from rlinf.launch.machine import keep_freed_memory
+from rlinf.launch.machine import choose_float32_products, keep_freed_memory
 from rlinf.launch.parse import load_config
 from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic
 
@@ -52,8 +56,20 @@ CONFIG_DIR = ROOT / "examples" / "embodiment" / "config"
 MATRIX = 1024
 FLOW_STEPS, FLOW_WIDTH, FLOW_HEADS, FLOW_LAYERS, FLOW_RATIO = 4, 96, 4, 2, 3
 
-Precision = Literal["fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+Kernels = Literal["torch's fp32", "fp32", "bf16"]
+"""What products are computed by and in; see the end of the module's docstring."""
+
+KERNELS: tuple[Kernels, ...] = ("torch's fp32", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A learner in a table: its name, what does the work, the learner if it is ours, and the name of its peer."""
+
+    name: str
+    run: Run
+    learner: SAC | PPO | None = None
+    peer: str | None = None
 
 
 class GivenBatch:
@@ -140,11 +156,16 @@ def sb3_learner(widths: list[int], played: Trajectory) -> Any:
     return learner
 
 
-def in_precision(precision: Precision, run: Run) -> Run:
-    """As `rlinf.launch.build.set_matmul_precision` sets it for a run."""
+def with_kernels(kernels: Kernels, run: Run, learner: SAC | PPO | None = None) -> Run:
+    """`run` as a run of rlinf sets its process and its learner, or as torch comes."""
 
     def measured(budget_s: float) -> float:
-        torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
+        if kernels == "torch's fp32":
+            torch.set_float32_matmul_precision("highest")
+        else:
+            choose_float32_products()
+        if learner is not None:
+            learner.autocast = kernels == "bf16"
         return run(budget_s)
 
     return measured
@@ -153,17 +174,18 @@ def in_precision(precision: Precision, run: Run) -> Run:
 def limits(updates_gflop: float) -> list[Contender]:
     """Updates per second if an update were only its matrix products, and those as fast as large ones."""
     a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
-    out = torch.empty(MATRIX, MATRIX)
     share = 2e-9 * MATRIX**3 / updates_gflop
-    return [
-        Contender(limit_name(precision), in_precision(precision, repeat(lambda: torch.mm(a, b, out=out), share)))
-        for precision in PRECISIONS
-    ]
+    contenders: list[Contender] = []
+    for kernels in KERNELS:
+        x, y = (a.bfloat16(), b.bfloat16()) if kernels == "bf16" else (a, b)
+        product = partial(torch.mm, x, y, out=torch.empty_like(x))
+        contenders.append(Contender(limit_name(kernels), with_kernels(kernels, repeat(product, share))))
+    return contenders
 
 
-def limit_name(precision: Precision) -> str:
+def limit_name(kernels: Kernels) -> str:
     """As in the table."""
-    return f"limit: matrix products, {precision}"
+    return f"limit: matrix products, {kernels}"
 
 
 def gflop_per_update(learner: SAC | PPO, updates: int) -> float:
@@ -219,22 +241,17 @@ def report_mlp(layers: int, batch_size: int, stored: int, rounds: int, budget_s:
     ours_normed = rlinf_learner("maniskill_sac_mlp", batch_size, played, *nets, *normed)
     gflop = gflop_per_update(ours, 1)
 
-    runs: list[tuple[str, Run]] = []
+    rows: list[Row] = []
     for source, run in zip(SOURCES, both_ways(ours, "sampler", batch_size, several(ours, 5), 5), strict=True):
-        runs.append((f"rlinf{source}", run))
-    runs.append(("rlinf, recipe's norms", repeat(several(ours_normed, 5), 5)))
+        rows.append(Row(f"rlinf{source}", run, ours, peer=f"stable_baselines3{source}"))
+    normed_run = repeat(several(ours_normed, 5), 5)
+    rows.append(Row("rlinf, recipe's norms", normed_run, ours_normed, peer="stable_baselines3"))
     theirs = sb3_learner(widths, played)
     if theirs is not None:
         train = both_ways(theirs, "replay_buffer", batch_size, lambda: theirs.train(5, batch_size), 5)
-        runs += [(f"stable_baselines3{source}", run) for source, run in zip(SOURCES, train, strict=True)]
-
-    def peer_of(name: str) -> str | None:
-        if not name.startswith("rlinf"):
-            return None
-        return "stable_baselines3, batch given, fp32" if "given" in name else "stable_baselines3, fp32"
-
+        rows += [Row(f"stable_baselines3{source}", run) for source, run in zip(SOURCES, train, strict=True)]
     title = f"mlp: actor and 2 critics {layers}x256, batch {batch_size}, {stored:,} transitions"
-    measure(title, runs, peer_of, gflop, rounds, budget_s)
+    measure(title, rows, gflop, rounds, budget_s)
 
 
 def report_flow(num_critics: int, batch_size: int, stored: int, rounds: int, budget_s: float) -> None:
@@ -280,20 +297,17 @@ def report_flow(num_critics: int, batch_size: int, stored: int, rounds: int, bud
         return ours.sampler.sample(batch_size)
 
     ours_runs = both_ways(ours, "sampler", batch_size, several(ours, FLOW_RATIO), FLOW_RATIO)
-    runs = [(f"rlinf{source}", run) for source, run in zip(SOURCES, ours_runs, strict=True)]
-    runs += [
-        ("full form", peer(stored_batch)),
-        ("full form, batch given", peer(lambda: given)),
-        ("full form, state 3x256", peer(stored_batch, (256, 256, 256))),
+    rows = [
+        Row(f"rlinf{source}", run, ours, peer=f"full form{source}")
+        for source, run in zip(SOURCES, ours_runs, strict=True)
     ]
-
-    def peer_of(name: str) -> str | None:
-        if not name.startswith("rlinf"):
-            return None
-        return "full form, batch given, fp32" if "given" in name else "full form, fp32"
-
+    rows += [
+        Row("full form", peer(stored_batch)),
+        Row("full form, batch given", peer(lambda: given)),
+        Row("full form, state 3x256", peer(stored_batch, (256, 256, 256))),
+    ]
     title = f"flow: d_model {FLOW_WIDTH}, {num_critics} critics 3x256, batch {batch_size}, actor every third"
-    measure(title, runs, peer_of, gflop, rounds, budget_s)
+    measure(title, rows, gflop, rounds, budget_s)
 
 
 def report_ppo(batch_size: int, stored: int, rounds: int, budget_s: float) -> None:
@@ -309,19 +323,12 @@ def report_ppo(batch_size: int, stored: int, rounds: int, budget_s: float) -> No
     segment = acted(network, experience(steps))
     ours.observe(segment)
     gflop = gflop_per_update(ours, 1)
-    runs: list[tuple[str, Run]] = [("rlinf", repeat(several(ours, 10), 10))]
+    rows = [Row("rlinf", repeat(several(ours, 10), 10), ours, peer="stable_baselines3")]
     theirs = sb3_ppo(widths, segment, batch_size)
     if theirs is not None:
-        runs.append(("stable_baselines3", repeat(theirs.train, steps * ENVS / batch_size)))
+        rows.append(Row("stable_baselines3", repeat(theirs.train, steps * ENVS / batch_size)))
     title = f"ppo: policy and value 3x256, minibatches of {batch_size} out of {steps * ENVS:,}"
-    measure(
-        title,
-        runs,
-        lambda name: "stable_baselines3, fp32" if name.startswith("rlinf") else None,
-        gflop,
-        rounds,
-        budget_s,
-    )
+    measure(title, rows, gflop, rounds, budget_s)
 
 
 def acted(network: MlpActorCritic, played: Trajectory) -> Trajectory:
@@ -403,27 +410,24 @@ def full_form(num_critics: int, backbone_dims: tuple[int, ...] = ()) -> tuple[Fu
     return actor, LoopedCritics(STATE + ACTION, (256, 256, 256), num_critics)
 
 
-def measure(
-    title: str,
-    runs: list[tuple[str, Run]],
-    peer_of: Callable[[str], str | None],
-    gflop: float,
-    rounds: int,
-    budget_s: float,
-) -> None:
-    """Measure every learner in both precisions, and print the table."""
-    contenders = [
-        Contender(f"{name}, {precision}", in_precision(precision, run), peer=peer_of(name), limit=limit_name(precision))
-        for name, run in runs
-        for precision in PRECISIONS
-    ]
+def measure(title: str, rows: list[Row], gflop: float, rounds: int, budget_s: float) -> None:
+    """Measure every learner with the kernels that it can have, and print the table."""
+    contenders = []
+    for row in rows:
+        kinds: tuple[Kernels, ...] = ("torch's fp32", "fp32") if row.learner is None else ("fp32", "bf16")
+        for kernels in kinds:
+            peer = None if row.peer is None else f"{row.peer}, torch's fp32"
+            run = with_kernels(kernels, row.run, row.learner)
+            contenders.append(Contender(f"{row.name}, {kernels}", run, peer=peer, limit=limit_name(kernels)))
     contenders += limits(gflop)
     results = in_turns(contenders, rounds=rounds, budget_s=budget_s)
     print_table(f"{title}; {rounds} rounds of {budget_s:g} s", "updates", contenders, results)
-    peak = {p: number(gflop * float(np.median(results[limit_name(p)].wall))) for p in PRECISIONS}
+    rates = [
+        f"{number(gflop * float(np.median(results[limit_name(kernels)].wall)))} in {kernels}" for kernels in KERNELS
+    ]
     print(
-        f"x peer: against float32 of the peer. The matrix products of one rlinf update are {number(gflop)} GFLOP;\n"
-        f"the machine does {peak['fp32']} GFLOP/s in fp32 and {peak['bf16']} in bf16"
+        f"x peer: against the peer with torch's fp32. The products of one rlinf update are {number(gflop)} GFLOP;\n"
+        f"the machine does {', '.join(rates)}, in GFLOP/s"
     )
 
 

@@ -202,8 +202,6 @@ class SAC:
         target_update_freq: critic updates per target update.
         critic_subsample_size: critics in each target; 0 for all.
         autocast: run the networks in bfloat16 (weights, targets and optimizer states stay float32).
-        autocast_encoder: run the encoder in bfloat16. Apart, because on a CPU autocast makes convolutions faster and
-            small linear layers slower.
         compile: compile the losses with torch.compile (a one-off cost of a minute or so).
         device: where networks and batches live.
         generator: randomness of the losses, on `device`; a stream of its own on every rank.
@@ -243,7 +241,6 @@ class SAC:
         backup_entropy: bool = True,
         bootstrap: Bootstrap = "standard",
         autocast: bool = False,
-        autocast_encoder: bool = False,
         compile: bool = False,
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
@@ -266,7 +263,7 @@ class SAC:
         self.critic_subsample_size = critic_subsample_size
         self.subsample_with_replacement = subsample_with_replacement
         self.bootstrap, self.device = bootstrap, torch.device(device)
-        self.autocast, self.autocast_encoder = autocast, autocast or autocast_encoder
+        self.autocast = autocast
         self.generator = generator if generator is not None else torch.Generator(self.device).manual_seed(0)
         self.critic_loss = torch.compile(critic_loss, dynamic=False) if compile else critic_loss
         self.actor_loss = torch.compile(actor_loss, dynamic=False) if compile else actor_loss
@@ -318,7 +315,7 @@ class SAC:
         seen: list[Transition] = []
 
         def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
-            with self._precision(self.autocast):
+            with self._precision():
                 batch = self._encoded(batch)
                 seen.append(replace(batch, obs=tree.tree_map(_detached, batch.obs)))
                 return self.critic_loss(
@@ -340,7 +337,7 @@ class SAC:
         alpha = self.temperature().detach()
 
         def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
-            with self._precision(self.autocast):
+            with self._precision():
                 noise = self._draw_noise(batch)
                 return self.actor_loss(self.actor, self.critic, alpha, batch, noise, agg_q=self.actor_agg_q)
 
@@ -392,10 +389,9 @@ class SAC:
         """The batch with features in place of raw observations; only those of `obs` carry gradients."""
         if self.encoder is None:
             return batch
-        with self._precision(self.autocast_encoder):
-            obs = self.encoder(batch.obs, self.generator)
-            with torch.no_grad():
-                next_obs = self.encoder(batch.next_obs, self.generator)
+        obs = self.encoder(batch.obs, self.generator)
+        with torch.no_grad():
+            next_obs = self.encoder(batch.next_obs, self.generator)
         return replace(batch, obs=obs, next_obs=next_obs)
 
     def _draw_noise(self, batch: Transition) -> Tensor:
@@ -414,8 +410,8 @@ class SAC:
             drawn = torch.randperm(num_heads, generator=self.generator, device=self.device)[:size]
         return self.ranks.broadcast_(drawn)
 
-    def _precision(self, autocast: bool) -> contextlib.AbstractContextManager[Any]:
-        if not autocast:
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 

@@ -31,7 +31,7 @@ from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.functional.returns import fold_chunk
 from rlinf.launch.algorithm_config import DemoBufferConfig, OptimConfig, PpoConfig, SacConfig
 from rlinf.launch.config import Root, updates_per_step
-from rlinf.launch.machine import num_simulator_processes
+from rlinf.launch.machine import num_simulator_processes, runs_in_bf16
 from rlinf.launch.registry import ENVS, lookup
 from rlinf.models.embodiment.cnn_policy import CnnPolicy, CnnPolicyConfig, build_cnn_policy
 from rlinf.models.embodiment.flow_policy import FlowPolicy, FlowPolicyConfig, build_flow_policy
@@ -196,7 +196,7 @@ def build_ppo(
         target_kl=algorithm.target_kl,
         policy_optim=optimizer_settings(actor.optim, updates),
         value_optim=optimizer_settings(actor.critic_optim, updates),
-        autocast=actor.precision == "bf16" and device.type != "cpu",
+        autocast=runs_in_bf16(config, device),
         compile=actor.compile_model,
         device=device,
         generator=torch_generator(learner_seed(config, "losses", ranks), "shuffles", torch.device("cpu")),
@@ -262,8 +262,7 @@ def build_sac(
         subsample_with_replacement=algorithm.subsample_with_replacement,
         backup_entropy=algorithm.backup_entropy,
         bootstrap=algorithm.bootstrap_type,
-        autocast=actor.precision == "bf16" and device.type != "cpu",
-        autocast_encoder=actor.precision == "bf16",
+        autocast=runs_in_bf16(config, device),
         compile=actor.compile_model,
         device=device,
         generator=torch_generator(learner_seed(config, "losses", ranks), "noise", device),

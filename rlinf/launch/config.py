@@ -137,8 +137,8 @@ class ActorConfig(Config):
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="Number format of matrix products; weights, averages and all else stay in float32. bf16 on a CPU "
-        "needs one with AMX or AVX512-BF16 and changes nothing on others; on a GPU it is autocast.",
+        description="What the learner's networks compute in. bf16 is autocast: weights, optimizers, averages and "
+        "losses stay in float32. On a CPU without AMX or AVX512-BF16, which would lose by it, bf16 changes nothing.",
     )
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the policy.")
     critic_optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the critics.")

@@ -18,10 +18,11 @@ from multiprocessing import shared_memory
 from pathlib import Path
 from types import ModuleType
 
+from rlinf.launch.cpu import CPU_FLAGS, cpu_flags
+
 REQUIREMENTS = (
     "numpy", "hydra", "omegaconf", "pydantic", "safetensors", "tensorboard", "rich", "matplotlib", "imageio", "yaml"
 )  # fmt: skip
-CPU_FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16"}
 MIN_PYTHON = (3, 10)
 MIN_DISK_GIB = 5.0
 MIN_SHARED_MIB = 64.0
@@ -205,13 +206,9 @@ def load(name: str) -> ModuleType:
 
 
 def _cpu_flags() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
+    if not (flags := cpu_flags()):
         return "processor unknown"
-    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    known = [label for flag, label in CPU_FLAGS.items() if flag in line.split()]
-    return ", ".join(known) or "no AVX"
+    return ", ".join(label for flag, label in CPU_FLAGS.items() if flag in flags) or "no AVX"
 
 
 def main(name: str) -> None:

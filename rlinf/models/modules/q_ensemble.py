@@ -35,7 +35,9 @@ class EnsembleLinear(nn.Module):
         """One product per head; an input without head axis [B, in] is shared by all heads."""
         if self.weight.shape[-1] == 1:
             # A product with a column is memory traffic: on CPUs a third of a batched product's time.
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
+            # Under autocast x is bfloat16; the terms are then multiplied in it and added in float32, as in a product.
+            terms = x * self.weight.mT.to(x.dtype)
+            return terms.sum(-1, keepdim=True, dtype=self.bias.dtype) + self.bias
         return torch.baddbmm(self.bias, x.expand(len(self.weight), *x.shape[-2:]), self.weight)
 
 
