@@ -280,7 +280,8 @@ class SAC:
     def observe(self, trajectory: Trajectory) -> None:
         """Fold chunks into transitions and store them; take the observations into the running statistics.
 
-        Several ranks do the latter together, in `ready`: they need not observe equally many segments.
+        Several ranks do the latter together, in `ready` or before a checkpoint: they need not observe equally many
+        segments.
         """
         reward, discount = fold_chunk(trajectory.reward, trajectory.terminated, self.gamma, self.bootstrap)
         self.replay.add(trajectory, reward, discount)
@@ -293,10 +294,14 @@ class SAC:
 
     def ready(self) -> bool:
         """Whether the replay buffers of all ranks hold their share of `min_buffer_size`. Collective."""
-        if self.normalizer is not None:
+        self._take_in_unseen()
+        return self.ranks.all(len(self.replay) >= self.min_buffer_size)
+
+    def _take_in_unseen(self) -> None:
+        """Merge what each rank has observed since the last time into the running statistics. Collective."""
+        if self.normalizer is not None and self.ranks.size > 1:
             self.normalizer.update(torch.cat(self._unseen) if self._unseen else torch.empty(0), self.ranks)
             self._unseen = []
-        return self.ranks.all(len(self.replay) >= self.min_buffer_size)
 
     def update(self) -> Metrics:
         """One critic step; every `critic_actor_ratio`-th time an actor and a temperature step; track the target."""
@@ -439,6 +444,7 @@ class SAC:
 
     def state_dict(self) -> dict[str, Any]:
         """Networks, optimizers, target, temperature, the generators of all ranks and the update counter. Collective."""
+        self._take_in_unseen()
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         return state | {"updates": self.updates, "generators": self.ranks.gather(self.generator.get_state())}
 

@@ -73,9 +73,15 @@ def runs_in_bf16(config: Root, device: torch.device) -> bool:
     return config.actor.precision == "bf16" and (device.type != "cpu" or bool(cpu_flags() & BF16_FLAGS))
 
 
-def prepare_process(config: Root) -> None:
-    """Set what holds for a whole process. Raises MissingDependency where there is no device for the configuration."""
-    if device_of(config).type == "cpu":
+def prepare_process(config: Root, *, needs_device: bool = True) -> None:
+    """Set what holds for a whole process.
+
+    A process of environments alone needs no device; a machine without GPU may hold it in a run of the GPU profile.
+    Raises MissingDependency where there is none for a process that needs one.
+    """
+    if needs_device:
+        device_of(config)
+    if config.profile == "cpu":
         choose_float32_products()
     keep_freed_memory()
     # The learner's thread waits for up to one interval whenever another one holds the interpreter.

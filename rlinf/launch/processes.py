@@ -49,7 +49,7 @@ def open_runtime(config: Root, note: Callable[[str], None]) -> Iterator[tuple[Ru
         hosts = plan.hosts(config.rollout.pipeline_stage_num)
         where = "this machine" if len(machines) == 1 else ", ".join(machine.name for machine in machines)
         note(f"starting {len(hosts)} processes on {where}")
-        runtime = RayRuntime(seats_of(hosts, machines), partial(prepare_process, config))
+        runtime = RayRuntime(seats_of(hosts, machines), partial(prepare_process, config, needs_device=False))
         try:
             layout = layout_of(plan, hosts, config.rollout.pipeline_stage_num)
             yield runtime, layout

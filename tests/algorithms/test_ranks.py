@@ -98,6 +98,14 @@ def run_sac(ranks, shares):
     }
 
 
+def run_saved_sac(ranks):
+    """How many states the running statistics of a checkpoint cover that is written right after `observe`."""
+    learner = make_sac(ranks)
+    learner.observe(segments()[ranks.rank])
+    learner.state_dict()
+    return learner.normalizer.count.item()
+
+
 # PPO --------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +224,7 @@ def everything(ranks):
         "stepper": run_stepper(ranks),
         # One segment against two, then none against one.
         "sac": run_sac(ranks, [[[0], []], [[1, 2], [3]]][ranks.rank]),
+        "saved sac": run_saved_sac(ranks),
         "ppo": run_ppo(ranks),
         "uneven": run_uneven_ppo(ranks),
         "stopped": run_stopped_ppo(ranks),
@@ -290,6 +299,12 @@ def test_the_state_holds_the_generators_of_all_ranks(two):
     ):
         load_generator(generator.manual_seed(0), state, replace(ONE_RANK, size=size))
         assert_same(generator.get_state(), expected)
+
+
+def test_a_checkpoint_holds_the_statistics_of_all_that_was_observed(two):
+    one = run_saved_sac(ONE_RANK)
+    assert [rank["saved sac"] for rank in two] == [2 * one, 2 * one]
+    assert one > 0
 
 
 def test_ppo_ends_where_one_rank_does(two):
