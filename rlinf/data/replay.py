@@ -352,6 +352,9 @@ class ReplayBuffer:
     def load(self, directory: str) -> None:
         """Become what `save` wrote; sampling goes on with the same sequence of batches.
 
+        What a buffer of another capacity saved is taken over as by `load_share`: all of it, or the newest that fits,
+        and sampling begins anew.
+
         Everything is verified before anything is replaced, except checksums: when one of those fails, the
         buffer is left empty. Files that `storage_dir` holds already are not deleted but moved into its folder
         `before_load_<n>`.
@@ -361,10 +364,8 @@ class ReplayBuffer:
         source = Path(directory)
         index = _read_index(source, "head", "tails", "generator", "checksums")
         if index["capacity"] != self.capacity:
-            raise CheckpointError(
-                f"{source / _INDEX} has a capacity of {index['capacity']}, the configuration one of "
-                f"{self.capacity}: set {self._key}.capacity={index['capacity']} to continue this run."
-            )
+            self.load_share([directory], rank=0, size=1)
+            return
         columns = _columns_of(index)
         if self._columns and columns and columns != self._columns:
             raise CheckpointError(f"{source / _INDEX} describes rows of another kind than {self._key} holds.")

@@ -78,10 +78,18 @@ def test_an_empty_buffer_can_be_saved_and_loaded(tmp_path):
     assert_whole(loaded.sample(8))
 
 
-def test_another_capacity_is_refused_with_the_remedy(tmp_path):
-    filled()[0].save(str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"set algorithm\.replay_buffer\.capacity=60 to continue this run"):
-        ReplayBuffer(61, generator=rng()).load(str(tmp_path))
+@pytest.mark.parametrize("capacity", [30, 61, 500])
+def test_another_capacity_takes_over_the_newest_that_fits(tmp_path, capacity):
+    saved, source = filled(adds=40)
+    saved.save(str(tmp_path))
+    loaded = ReplayBuffer(capacity, generator=rng())
+    loaded.load(str(tmp_path))
+    held, left = stored(saved), stored(loaded)
+    assert left == held if capacity > 60 else left < held
+    gone, kept = ([state[2] for state in states if state[1] == 0] for states in (held - left, left))
+    assert not gone or max(gone) <= min(kept), "of each environment, the oldest"
+    add(loaded, source.segment(3, continues=True))
+    assert_whole(loaded.sample(8))
 
 
 def test_rows_of_another_kind_are_refused(tmp_path):
