@@ -133,11 +133,15 @@ def evaluate_run(
     return run_eval(evaluator, reporter, step=verify(path, only=POLICY_FILE).global_step)
 
 
+AS_STARTED = ("runner.resume_dir=null", "runner.ckpt_path=null", "runner.only_eval=False", "~cluster")
+
+
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Root:
     """The configuration that a run kept, with changes. Raises ConfigError where it is no run or they do not fit."""
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(f"{run_dir} holds no {CONFIG_FILE}; name a run directory, <log_path>/<experiment_name>")
-    return load_config("config", overrides, run_dir)
+    # How it was started, and over which processes, says nothing about what is evaluated now, and where.
+    return load_config("config", [*AS_STARTED, *overrides], run_dir)
 
 
 def run_directory(config: Root) -> Path:

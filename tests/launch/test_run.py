@@ -290,6 +290,24 @@ def test_a_run_can_be_evaluated_later_and_stays_as_it_was(reach_configs: Path, t
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
+def test_how_a_run_was_started_says_nothing_about_its_evaluation(reach_configs: Path, tmp_path: Path) -> None:
+    assert train(load(reach_configs)) == 0
+    root = load(
+        reach_configs,
+        f"runner.logger.log_path={tmp_path}/second",
+        f"runner.ckpt_path={tmp_path}/logs/reach/checkpoints/latest",
+        "runner.max_epochs=2",
+    )
+    assert train(root) == 0
+    run_dir = run_directory(root)
+    kept = run_dir / "config.yaml"
+    wide = yaml.safe_load(kept.read_text())
+    wide["cluster"]["component_placement"] = "env: 0:0-7; rollout: 0; actor: 0"  # eight processes never share two rows
+    kept.write_text(yaml.safe_dump(wide))
+    metrics = evaluate_run(run_dir)
+    assert metrics == {tag: journal(run_dir)[-1][tag] for tag in metrics}, "its own last weights, in one process"
+
+
 def test_only_eval_evaluates_once(reach_configs: Path, tmp_path: Path) -> None:
     assert train(load(reach_configs)) == 0
     last = journal(tmp_path / "logs/reach")[-1]
