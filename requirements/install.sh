@@ -20,7 +20,7 @@ readonly PYTHONS="python3.11 python3.12 python3.10 python3.13 python3"
 readonly ENVS="maniskill reach maniskill_libero libero frankasim realworld franka"
 readonly MODELS="mlp_policy flow_policy cnn_policy openpi openvla openvla_oft openvla-oft"
 readonly ENVS_HERE="maniskill reach maniskill_libero frankasim"
-readonly MODELS_HERE="mlp_policy flow_policy cnn_policy"
+readonly MODELS_HERE="mlp_policy flow_policy cnn_policy openpi"
 
 VENV=$ROOT/.venv
 EXTRAS=()  # optional dependency groups of pyproject.toml
@@ -88,6 +88,9 @@ choose_env() {
 
 choose_model() {
     contains "$1" "$MODELS" || die "unknown --model '$1'; did you mean $(nearest "$1" "$MODELS")? Known: $MODELS"
+    case $1 in
+        openpi) EXTRAS+=(openpi) ;;
+    esac
     contains "$1" "$MODELS_HERE" || could_not "--model $1: not in this version; nothing was installed for it"
 }
 

@@ -45,7 +45,8 @@ def test_every_name_of_the_seed_recipes_is_accepted():
     report = call("install.sh", f"{code}; printf '%s\\n' \"${{COULD_NOT[@]}}\"")
     assert "frankasim" not in report
     assert call("install.sh", 'choose_env frankasim; echo "${EXTRAS[@]} $NEEDS_EGL"') == "frankasim yes"
-    assert "--model openpi: not in this version" in report
+    assert "--model openvla: not in this version" in report and "openpi" not in report
+    assert call("install.sh", 'choose_model openpi; echo "${EXTRAS[@]} ${#COULD_NOT[@]}"') == "openpi 0"
     assert (
         call("install.sh", 'choose_env maniskill; echo "${EXTRAS[@]} $NEEDS_VULKAN ${#COULD_NOT[@]}"')
         == "maniskill yes 0"

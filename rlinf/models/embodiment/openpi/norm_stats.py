@@ -1,0 +1,135 @@
+"""Statistics by which states and actions are normalised: openpi's norm_stats.json.
+
+{"norm_stats": {"state": {"mean": […], "std": […], "q01": […], "q99": […]}, "actions": {…}}}
+
+D size of the normalised vector
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlinf.core.errors import DataError
+
+FILE = "norm_stats.json"
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Of one vector, over all of a data set. Kept in float64: ranges of a few 1e-6 occur.
+
+    Attributes:
+        mean, std: float64 [D].
+        q01, q99: float64 [D], the 1 % and 99 % quantiles; None in files that have none.
+    """
+
+    mean: Tensor
+    std: Tensor
+    q01: Tensor | None = None
+    q99: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return len(self.mean)
+
+    def affine(self, quantiles: bool) -> tuple[Tensor, Tensor]:
+        """(offset, scale) float64 [D] of normal = (x − offset) / scale.
+
+        z-score: mean and std + 1e-6. Quantiles, which map [q01, q99] to [−1, 1]: the middle and half the range, with
+        1e-6 added to the range. Values outside are not clipped.
+
+        Raises DataError where quantiles are asked for and there are none.
+        """
+        if not quantiles:
+            return self.mean, self.std + EPS
+        if self.q01 is None or self.q99 is None:
+            raise DataError("this model normalises by quantiles, but the statistics have no q01 and q99")
+        half = (self.q99 - self.q01 + EPS) / 2
+        return self.q01 + half, half
+
+
+def compute_norm_stats(x: Tensor) -> NormStats:
+    """Statistics of the rows of x [..., D]. Raises DataError for fewer than two rows or numbers that are not finite."""
+    rows = x.reshape(-1, x.shape[-1]).double()
+    if len(rows) < 2 or not rows.isfinite().all():
+        raise DataError(f"statistics need two rows or more of finite numbers; these are {list(x.shape)}")
+    ordered = rows.sort(0).values
+    return NormStats(rows.mean(0), rows.std(0, correction=0), _quantile(ordered, 0.01), _quantile(ordered, 0.99))
+
+
+def _quantile(ordered: Tensor, q: float) -> Tensor:
+    """Linear between sorted rows; torch.quantile takes no more than 16 million numbers."""
+    place = q * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return torch.lerp(ordered[below], ordered[above], place - below)
+
+
+def read_norm_stats(path: str | Path, asset_id: str | None = None) -> dict[str, NormStats]:
+    """Statistics by name ("state", "actions").
+
+    Args:
+        path: a norm_stats.json; a folder that holds it; or a checkpoint, which holds it under `<asset_id>/` or
+            `assets/<asset_id>/`.
+        asset_id: the data set's name in a checkpoint, e.g. "physical-intelligence/libero".
+
+    Raises DataError, which names the places that were tried, or what is wrong in the file.
+    """
+    path = Path(path)
+    places = [path] if path.is_file() else [folder / FILE for folder in _folders(path, asset_id)]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise DataError(f"there are no statistics at {' or '.join(map(str, places))}; write the path of {FILE}")
+    try:
+        content = json.loads(file.read_text())["norm_stats"]
+        return {name: _parse(file, name, entry) for name, entry in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is not openpi's norm_stats.json ({error})") from error
+
+
+def _folders(path: Path, asset_id: str | None) -> Iterator[Path]:
+    yield path
+    if asset_id is not None:
+        yield from (path / asset_id, path / "assets" / asset_id)
+
+
+def _parse(file: Path, name: str, entry: Mapping[str, Any]) -> NormStats:
+    vectors: dict[str, Tensor | None] = {}
+    for key in ("mean", "std", "q01", "q99"):
+        numbers = entry.get(key)
+        vectors[key] = None if numbers is None else torch.tensor(numbers, dtype=torch.float64)
+    mean, std = vectors["mean"], vectors["std"]
+    if mean is None or std is None:
+        raise DataError(f"{file}: {name} lacks mean or std")
+    for key, vector in vectors.items():
+        if vector is not None and (vector.ndim != 1 or len(vector) != len(mean) or not vector.isfinite().all()):
+            raise DataError(f"{file}: {name}.{key} is not a list of {len(mean)} finite numbers")
+    return NormStats(mean, std, vectors["q01"], vectors["q99"])
+
+
+def write_norm_stats(stats: Mapping[str, NormStats], path: str | Path) -> Path:
+    """Write them as openpi's norm_stats.json, into the folder or as the file `path`. Returns the file."""
+    file = Path(path) if Path(path).suffix == ".json" else Path(path) / FILE
+    content = {
+        name: {key: None if vector is None else vector.tolist() for key, vector in vars(entry).items()}
+        for name, entry in stats.items()
+    }
+    part = file.with_suffix(".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"norm_stats": content}, indent=2) + "\n")
+        os.replace(part, file)
+    except OSError as error:
+        raise DataError(f"{file} could not be written: {error}") from error
+    return file
