@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what a recipe needs into a virtual environment, and says what it could not do.
 #
-#   bash requirements/install.sh embodied [--model M] [--env E]... [--ray] [--use-mirror] [--dev] [--bench]
-#       [--venv DIR]
+#   bash requirements/install.sh embodied [--model M] [--env E]... [--ray] [--lerobot] [--use-mirror] [--dev]
+#       [--bench] [--venv DIR]
 #
 # Safe to repeat (a second call returns at once), safe to interrupt (the next call goes on), and free of addresses:
 # packages come from where pip and apt of this machine are told to look.
@@ -13,7 +13,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT
 readonly CONSTRAINTS=$ROOT/requirements/constraints-cpu.txt
 readonly TORCH=torch==2.13.0
-readonly OPTIONS="--env --model --ray --use-mirror --dev --bench --venv --help"
+readonly OPTIONS="--env --model --ray --lerobot --use-mirror --dev --bench --venv --help"
 readonly PYTHONS="python3.11 python3.12 python3.10 python3.13 python3"
 
 # Everything that the five seed recipes name. "later" is accepted and reported: the recipe is not in this version.
@@ -40,12 +40,13 @@ could_not() { COULD_NOT+=("$*"); }
 
 usage() {
     cat <<TEXT
-bash requirements/install.sh embodied [--model M] [--env E]... [--ray] [--use-mirror] [--dev] [--bench]
-    [--venv DIR]
+bash requirements/install.sh embodied [--model M] [--env E]... [--ray] [--lerobot] [--use-mirror] [--dev]
+    [--bench] [--venv DIR]
 
   --env E       simulator to install, may be given several times: $ENVS
   --model M     model whose packages to install: $MODELS
   --ray         Ray, for runs of several processes: more than one GPU or machine
+  --lerobot     what LeRobot data sets are read and written with (pyarrow, PyAV)
   --use-mirror  take packages from the mirror named by RLINF_PIP_MIRROR or PIP_INDEX_URL
   --dev         also the tools of the tests (pytest, ruff, mypy)
   --bench       also what the benchmarks compare with (stable-baselines3)
@@ -110,6 +111,7 @@ parse_arguments() {
             --venv) VENV=$2 && shift 2 ;;
             --use-mirror) USE_MIRROR=yes && shift ;;
             --ray) EXTRAS+=(ray) && shift ;;
+            --lerobot) EXTRAS+=(lerobot) && shift ;;
             --dev) EXTRAS+=(dev) && shift ;;
             --bench) EXTRAS+=(bench) && shift ;;
             -h | --help) usage && exit 0 ;;

@@ -55,6 +55,7 @@ def test_every_name_of_the_seed_recipes_is_accepted():
 
 def test_tools_of_tests_and_benchmarks_are_asked_for_by_name():
     assert call("install.sh", 'parse_arguments embodied --dev --bench; echo "${EXTRAS[@]}"') == "dev bench"
+    assert call("install.sh", 'parse_arguments embodied --lerobot --ray; echo "${EXTRAS[@]}"') == "lerobot ray"
 
 
 def test_mirror_comes_from_the_environment_and_its_absence_is_reported():

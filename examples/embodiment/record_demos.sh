@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Record demonstrations for a recipe, installing what is missing first:
 #     bash examples/embodiment/record_demos.sh maniskill_sac_flow_rlpd [--episodes 50] [--checkpoint RUN] [key=value ...]
-# Relative paths start at the repository. A recording that was stopped goes on with the same command.
+# With --format lerobot it becomes a LeRobot data set (docs/datasets.md). Relative paths start at the repository. A recording that was stopped goes on with the same command.
 set -euo pipefail
 
 name="${1:-maniskill_sac_flow_rlpd}"

@@ -1,11 +1,16 @@
-"""Record demonstrations: whole episodes of a scripted expert or of a trained policy, successful ones by default."""
+"""Record demonstrations: whole episodes of a scripted expert or of a trained policy, successful ones by default.
+
+They become either `rlinf demonstrations` (`data.demos`, for `algorithm.demo_buffer`) or a LeRobot data set
+(`launch.record_lerobot`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,81 +18,34 @@ from torch import Tensor
 from rlinf.core import tree
 from rlinf.core.errors import ConfigError, DataError
 from rlinf.core.protocols import VectorEnv
-from rlinf.core.seeding import derive_seed, numpy_generator, torch_generator
-from rlinf.core.types import ActionOut, EnvSpaces, Obs, Trajectory
+from rlinf.core.seeding import derive_seed
+from rlinf.core.types import Trajectory
 from rlinf.data.demos import DemoMeta, check_demos, read_demos, write_demos
 from rlinf.data.trajectory import TrajectoryBuilder
 from rlinf.envs.config import EnvConfig
+from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
-from rlinf.launch.build import build_networks, control_mode_of, load_weights_into, make_env
+from rlinf.launch.build import control_mode_of, make_env
 from rlinf.launch.config import Root
-from rlinf.launch.registry import EXPERTS, lookup
-from rlinf.runners.checkpoint import load_policy
+from rlinf.launch.demonstrators import Demonstrator, ScriptedExpert, SeeingExpert, TrainedPolicy, env_seed
 
 MAX_FAILED_ROUNDS = 20
 
 
-class Demonstrator(Protocol):
-    """Whoever plays the episodes; `about` says who that is, for people."""
+class Store(Protocol):
+    """Where episodes are recorded."""
 
-    about: str
-
-    def begin(self, seed: int) -> None:
-        """Before an episode: everything random until the next one follows from `seed`."""
+    @property
+    def num_episodes(self) -> int:
+        """Episodes that it holds."""
         ...
 
-    def act(self, obs: Obs) -> ActionOut:
-        """Answer N observations."""
+    def add(self, trajectory: Trajectory, success: Tensor) -> str:
+        """Keep the episodes of all environments, of which bool [N] are successful; they are on disk when this returns.
+
+        Returns a line about what is there.
+        """
         ...
-
-
-class ScriptedExpert:
-    """A hand-written rule for a task, with Gaussian noise on its actions.
-
-    Args:
-        task: the simulator's name of the task.
-        noise_std: standard deviation of the noise.
-    """
-
-    def __init__(self, task: str, noise_std: float) -> None:
-        self._expert_class = lookup("scripted expert", task, EXPERTS)
-        self._noise_std = noise_std
-        self.about = f"scripted expert for {task}, noise {noise_std:g}"
-
-    def begin(self, seed: int) -> None:
-        """As `Demonstrator.begin`."""
-        self._expert = self._expert_class(self._noise_std, numpy_generator(seed, "expert"))
-
-    def act(self, obs: Obs) -> ActionOut:
-        """As `Demonstrator.act`; one action per decision."""
-        action = torch.from_numpy(self._expert.act(obs["state"].cpu().numpy()))
-        return ActionOut(action=action[:, None], decision=action)
-
-
-class TrainedPolicy:
-    """The policy of a checkpoint, which must fit `config.actor.model`.
-
-    Args:
-        explore: act with the policy's own exploration noise.
-    """
-
-    def __init__(self, config: Root, spaces: EnvSpaces, checkpoint: str, *, explore: bool) -> None:
-        self._actor = build_networks(config, spaces).actor
-        load_weights_into(self._actor, load_policy(checkpoint)[1], checkpoint)
-        self._explore = explore
-        self.about = f"{config.actor.model.model_type} of {checkpoint}{', exploring' if explore else ''}"
-
-    def begin(self, seed: int) -> None:
-        """As `Demonstrator.begin`."""
-        self._generator = torch_generator(seed, "expert")
-
-    def act(self, obs: Obs) -> ActionOut:
-        """As `Demonstrator.act`."""
-        obs = tree.to(obs, "cpu")
-        if not self._explore:
-            return self._actor.act(obs, "eval")
-        noise = torch.randn(len(obs["state"]), *self._actor.noise_shape, generator=self._generator)
-        return self._actor.act(obs, "train", noise)
 
 
 def record(
@@ -115,19 +73,8 @@ def record(
         ConfigError: there is no expert for the task, or none for action chunks.
         DataError: `output` holds something else, or `MAX_FAILED_ROUNDS` rounds without a success.
     """
-    section = config.env.train.model_copy(update={"auto_reset": False})
-    setup = config.actor.model.policy_setup
-    if checkpoint is None and config.actor.model.num_action_chunks != 1:
-        raise ConfigError(
-            "a scripted expert answers one action at a time; set actor.model.num_action_chunks=1 or give --checkpoint"
-        )
-    env = make_env(section, num_envs=section.total_num_envs, seed=section.seed, policy_setup=setup, render=False)
-    try:
-        expert: Demonstrator
-        if checkpoint is None:
-            expert = ScriptedExpert(task_of(section), noise_std)
-        else:
-            expert = TrainedPolicy(config, env.spaces, checkpoint, explore=noise_std > 0)
+    with stage(config, checkpoint, noise_std) as (env, expert):
+        section, setup = training_env(config), config.actor.model.policy_setup
         meta = DemoMeta(
             env_id=task_of(section),
             control_mode=control_mode_of(section, setup) or "",
@@ -136,36 +83,102 @@ def record(
             obs_dtypes=env.spaces.obs_dtypes,
             recorded_by=expert.about,
         )
+        store = _Demos(Path(output), meta, env, note)
         chunks = section.max_episode_steps // config.actor.model.num_action_chunks
-        return _record(env, expert, meta, Path(output), episodes, chunks, config.runner.seed, only_successes, note)
+        record_into(store, env, expert, episodes, chunks, config.runner.seed, only_successes, note)
+        return store.totals
+
+
+class _Demos:
+    """A folder of demonstrations as a `Store`."""
+
+    def __init__(self, output: Path, meta: DemoMeta, env: VectorEnv, note: Callable[[str], None]) -> None:
+        self._output, self._meta = output, meta
+        self.totals = meta
+        if output.is_dir() and any(output.iterdir()):
+            self.totals = read_demos(str(output))[1]
+            check_demos(self.totals, env.spaces, meta.control_mode)
+            note(f"{output} holds {self.totals.num_episodes} episodes already")
+
+    @property
+    def num_episodes(self) -> int:
+        """As `Store.num_episodes`."""
+        return self.totals.num_episodes
+
+    def add(self, trajectory: Trajectory, success: Tensor) -> str:
+        """As `Store.add`."""
+        self.totals = write_demos(
+            str(self._output), [trajectory], replace(self._meta, num_successes=int(success.sum()))
+        )
+        return f"{self.totals.num_transitions} transitions"
+
+
+@contextmanager
+def stage(config: Root, checkpoint: str | None, noise_std: float) -> Iterator[tuple[VectorEnv, Demonstrator]]:
+    """The environments of a recording and who plays in them; closed in the end.
+
+    Raises ConfigError where there is no expert for the task, or none for action chunks.
+    """
+    section, setup = training_env(config), config.actor.model.policy_setup
+    if checkpoint is None and config.actor.model.num_action_chunks != 1:
+        raise ConfigError(
+            "a scripted expert answers one action at a time; set actor.model.num_action_chunks=1 or give --checkpoint"
+        )
+
+    def make(env: EnvConfig) -> VectorEnv:
+        return make_env(env, num_envs=env.total_num_envs, seed=env.seed, policy_setup=setup, render=False)
+
+    opened = [make(section)]
+    try:
+        expert: Demonstrator
+        if checkpoint is not None:
+            expert = TrainedPolicy(config, opened[0].spaces, checkpoint, explore=noise_std > 0)
+        else:
+            expert = ScriptedExpert(task_of(section), noise_std)
+            seeing = with_full_state(section)
+            if seeing is not None:
+                opened.append(make(seeing))
+                expert = SeeingExpert(expert, opened[1])
+        yield opened[0], expert
     finally:
-        env.close()
+        for env in opened:
+            env.close()
 
 
-def _record(
+def training_env(config: Root) -> EnvConfig:
+    """The training environments of a recipe, in which finished ones wait for the others."""
+    return config.env.train.model_copy(update={"auto_reset": False})
+
+
+def with_full_state(env: EnvConfig) -> EnvConfig | None:
+    """The environment that shows what a scripted expert must know where `env` hides it behind pictures, else None."""
+    if isinstance(env, FrankaSimConfig) and env.gym_id == "PandaPickCubeVision-v0":
+        return env.model_copy(update={"gym_id": "PandaPickCube-v0", "obs_mode": None})
+    return None
+
+
+def record_into(
+    store: Store,
     env: VectorEnv,
     expert: Demonstrator,
-    meta: DemoMeta,
-    output: Path,
     episodes: int,
     chunks: int,
     seed: int,
     only_successes: bool,
     note: Callable[[str], None],
-) -> DemoMeta:
-    totals = meta
-    if output.is_dir() and any(output.iterdir()):
-        totals = read_demos(str(output))[1]
-        check_demos(totals, env.spaces, meta.control_mode)
-        note(f"{output} holds {totals.num_episodes} episodes already")
+) -> None:
+    """Play rounds of one episode per environment until `store` holds `episodes`.
+
+    Raises DataError after `MAX_FAILED_ROUNDS` rounds without a success.
+    """
     failed = 0
-    while totals.num_episodes < episodes:
+    while store.num_episodes < episodes:
         # A function of what is recorded, so that a stopped recording goes on as if it had not been stopped.
-        round_seed = derive_seed(seed, f"demos/{totals.num_episodes}/{failed}")
+        round_seed = derive_seed(seed, f"demos/{store.num_episodes}/{failed}")
         expert.begin(round_seed)
         trajectory, success = play(env, expert, round_seed, chunks)
         kept = success.nonzero().flatten() if only_successes else torch.arange(env.num_envs)
-        kept = kept[: episodes - totals.num_episodes]
+        kept = kept[: episodes - store.num_episodes]
         if not len(kept):
             failed += 1
             if failed == MAX_FAILED_ROUNDS:
@@ -175,17 +188,15 @@ def _record(
                 )
             continue
         failed = 0
-        chosen = select_envs(trajectory, kept)
-        totals = write_demos(str(output), [chosen], replace(meta, num_successes=int(success[kept].sum())))
+        there = store.add(select_envs(trajectory, kept), success[kept])
         share = success.float().mean().item()
-        note(f"{totals.num_episodes}/{episodes} episodes, {totals.num_transitions} transitions; success {share:.0%}")
-    return totals
+        note(f"{store.num_episodes}/{episodes} episodes, {there}; success {share:.0%}")
 
 
 def play(env: VectorEnv, expert: Demonstrator, seed: int, chunks: int) -> tuple[Trajectory, Tensor]:
     """One episode in every environment, and whether it was a success, bool [N]."""
     builder = TrajectoryBuilder((0, 0), auto_reset=False)
-    obs = env.reset(seed=seed % 2**31)
+    obs = env.reset(seed=env_seed(seed))
     builder.start(obs, continues=False)
     success = torch.zeros(env.num_envs, dtype=torch.bool)
     playing = ~success
@@ -206,11 +217,16 @@ def select_envs(trajectory: Trajectory, envs: Tensor) -> Trajectory:
     """The part of a segment that was played in the environments `envs`, int64 [K], ascending."""
     place = torch.full((trajectory.num_envs,), -1, dtype=torch.int64)
     place[envs] = torch.arange(len(envs))
-    rows = place[trajectory.last_index[:, 1]] >= 0
+    rows = (place[trajectory.last_index[:, 1]] >= 0).nonzero().flatten()
     last_index = trajectory.last_index[rows]
+    chosen = envs.tolist()
+
+    def columns(leaf: Any) -> Any:
+        return [[row[n] for n in chosen] for row in leaf] if isinstance(leaf, list) else leaf[:, envs]
+
     return replace(
         trajectory,
-        obs=tree.tree_map(lambda leaf: leaf[:, envs], trajectory.obs),
+        obs=tree.tree_map(columns, trajectory.obs),
         last_obs=tree.index(trajectory.last_obs, rows),
         last_index=torch.stack([last_index[:, 0], place[last_index[:, 1]]], 1),
         decision=trajectory.decision[:, envs],

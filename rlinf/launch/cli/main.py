@@ -9,6 +9,7 @@ from pathlib import Path
 
 import rlinf
 from rlinf.core.errors import ConfigError, RlinfError
+from rlinf.launch.cli.options import add_recording_options
 
 CONFIG_DIR = "examples/embodiment/config"
 USER_ERROR = 2
@@ -76,6 +77,21 @@ def build_parser() -> argparse.ArgumentParser:
     play.add_argument("--stochastic", action="store_true", help="explore as in training")
     play.add_argument("--window", action="store_true", help="show the film in a window too")
     play.add_argument("-o", "--output", type=Path, metavar="MP4", help="the film (default: videos/ inside RUN)")
+
+    record = commands.add_parser(
+        "record", allow_abbrev=False, help="record demonstrations of an expert or a policy, as a LeRobot data set too"
+    )
+    record.add_argument("config", metavar="RECIPE", help="name of the recipe whose environment is played")
+    record.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the recipe")
+    add_recording_options(record)
+    record.add_argument("--dir", type=Path, metavar="DIR", help=f"folder of the recipes (default: {CONFIG_DIR})")
+
+    dataset = commands.add_parser("dataset", help="what a LeRobot data set holds, and whether it is whole")
+    actions = dataset.add_subparsers(dest="action", metavar="ACTION", required=True)
+    info = actions.add_parser("info", help="episodes, frames, features, tasks and size")
+    info.add_argument("path", metavar="PATH", help="folder that holds meta/, or its name below $HF_LEROBOT_HOME")
+    info.add_argument("--check", action="store_true", help="read everything, and say what is damaged")
+    info.add_argument("--threads", type=int, default=1, metavar="N", help="with --check: N pictures at a time (1)")
 
     convert = commands.add_parser(
         "convert-resnet10", help="SERL's resnet10_params.pkl to a file for actor.model.model_path"
@@ -165,6 +181,25 @@ def run_play(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def run_record(chosen: argparse.Namespace) -> int:
+    """Record demonstrations; what is there already is continued."""
+    from rlinf.launch.cli.record import run
+
+    try:
+        run(chosen, chosen.config, chosen.dir or find_config_dir())
+    except KeyboardInterrupt:
+        print("interrupted; what was recorded is kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_dataset(chosen: argparse.Namespace) -> int:
+    """Print what a data set holds; 1 when the check finds something."""
+    from rlinf.launch.cli.dataset import show
+
+    return show(chosen.path, check=chosen.check, num_threads=chosen.threads)
+
+
 def run_convert(chosen: argparse.Namespace) -> int:
     """Convert SERL's encoder and print the name of the file."""
     from rlinf.models.serl_checkpoint import convert_resnet10
@@ -189,6 +224,8 @@ COMMANDS = {
     "plot": run_plot,
     "eval": run_eval,
     "play": run_play,
+    "record": run_record,
+    "dataset": run_dataset,
     "convert-resnet10": run_convert,
 }
 
