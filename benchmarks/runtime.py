@@ -21,56 +21,15 @@ from typing import Any
 import ray
 import torch
 from measure import Contender, in_turns, parser, print_setting, print_table, repeat
-from torch import Tensor, nn
+from players import IdleEnv, SmallPolicy, Team
 
-from rlinf.core.types import ActionOut, EnvSpaces, EnvStep
 from rlinf.launch.crew import Layout
 from rlinf.runtime.cluster import joined
-from rlinf.runtime.local import Group, LocalRuntime
+from rlinf.runtime.local import LocalRuntime
 from rlinf.runtime.ray_backend import RayRuntime, Seat
-from rlinf.workers.env_worker import EnvWorker
-from rlinf.workers.rollout_worker import RolloutWorker
 
-ENVS, STATE, ACTION, WIDTH = 16, 42, 4, 256
+ENVS = 16
 WEIGHTS_MB = 100
-
-
-class FreeEnv:
-    """Shows the same observation again and again."""
-
-    num_envs = ENVS
-    spaces = EnvSpaces({"state": (STATE,)}, {"state": "float32"}, ACTION)
-
-    def __init__(self) -> None:
-        self.obs = {"state": torch.randn(ENVS, STATE)}
-
-    def reset(self, seed: int | None = None) -> dict[str, Tensor]:
-        return self.obs
-
-    def step(self, action: Tensor) -> EnvStep:
-        none = torch.zeros(ENVS, 1, dtype=torch.bool)
-        return EnvStep(self.obs, self.obs, torch.zeros(ENVS, 1), none, none[:, 0], action, none)
-
-    def render(self) -> None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
-class SmallPolicy(nn.Module):
-    """A deterministic multilayer perceptron."""
-
-    noise_shape = (ACTION,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers = [nn.Linear(STATE, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, ACTION)]
-        self.net = nn.Sequential(*layers)
-
-    def act(self, obs: dict[str, Tensor], mode: str, noise: Tensor | None = None) -> ActionOut:
-        action = self.net(obs["state"])
-        return ActionOut(action[:, None], action)
 
 
 # ---- contenders: each plays a number of steps
@@ -78,52 +37,13 @@ class SmallPolicy(nn.Module):
 
 def alone() -> Callable[[], object]:
     torch.set_num_threads(1)
-    env, policy = FreeEnv(), SmallPolicy()
+    env, policy = IdleEnv(ENVS), SmallPolicy()
 
     @torch.no_grad()
     def play() -> None:
         env.step(policy.act(env.obs, "eval").action)
 
     return play
-
-
-class Pair:
-    """An environment worker and a policy worker on a runtime."""
-
-    def __init__(self, runtime: Any, layout: Layout, chunks: int) -> None:
-        name, self.chunks = f"{layout}", chunks
-        self.stop = runtime.flag()
-        obs = runtime.channel(f"{name} obs", {(0, 0): layout.rollout[0]})
-        actions = runtime.channel(f"{name} actions", {(0, 0): layout.env[0]})
-        experience = runtime.channel(f"{name} experience", {0: layout.env[0]})
-        self.weights = runtime.weights(f"{name} policy", layout.rollout)
-        env = partial(_env_worker, obs, actions, experience, self.stop)
-        rollout = partial(_rollout_worker, obs, actions, self.weights)
-        self.env: Group[EnvWorker] = runtime.group("env", [env], layout.env)
-        self.rollout: Group[RolloutWorker] = runtime.group("rollout", [rollout], layout.rollout)
-        self.pids = {pid for group in (self.env, self.rollout) for pid in group.run(_pid).wait()} - {os.getpid()}
-
-    def play(self) -> None:
-        serving = self.rollout.run(RolloutWorker.serve, "eval")
-        self.env.run(_play, self.chunks).wait()
-        serving.wait()
-
-
-def _env_worker(obs: Any, actions: Any, experience: Any, stop: Any) -> EnvWorker:
-    return EnvWorker(0, [FreeEnv()], obs, actions, experience, stop, num_action_chunks=1, seed=0)
-
-
-def _rollout_worker(obs: Any, actions: Any, weights: Any) -> RolloutWorker:
-    return RolloutWorker(SmallPolicy(), obs, actions, weights, sources=[(0, 0)], generator=torch.Generator())
-
-
-def _play(worker: EnvWorker, chunks: int) -> None:
-    worker.interact(chunks)
-    worker.experience.drain()
-
-
-def _pid(worker: object) -> int:
-    return os.getpid()
 
 
 class Queue:
@@ -146,7 +66,7 @@ class Queue:
 
 class QueuedEnv:
     def __init__(self, obs: Any, actions: Any) -> None:
-        self.obs, self.actions, self.env = obs, actions, FreeEnv()
+        self.obs, self.actions, self.env = obs, actions, IdleEnv(ENVS)
         torch.set_num_threads(1)
 
     def pid(self) -> int:
@@ -241,10 +161,11 @@ def main() -> None:
     print_setting(arguments.threads)
     rounds, budget_s, steps = (1, 0.2, 50) if arguments.quick else (arguments.rounds, arguments.seconds, 500)
     with ray_runtime() as runtime:
+        pair = partial(Team, make_env=lambda number: IdleEnv(ENVS), make_policy=SmallPolicy, chunks=steps)
         pairs = {
-            "threads of one process": Pair(LocalRuntime(), Layout(), steps),
-            "Ray, in the same process": Pair(runtime, Layout((0,), (0,)), steps),
-            "Ray, in two processes": Pair(runtime, Layout((0,), (1,)), steps),
+            "threads of one process": pair(LocalRuntime(), Layout()),
+            "Ray, in the same process": pair(runtime, Layout((0,), (0,))),
+            "Ray, in two processes": pair(runtime, Layout((0,), (1,))),
         }
         peer = "Ray, through queue actors"
         play_queued, queue_pids = queued(steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,14 +24,23 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 
 
+@dataclass(frozen=True)
+class Venue:
+    """What a run is spread over: the machines of its Ray cluster, none when it is one process, and who runs where."""
+
+    plan: Plan
+    machines: tuple[Machine, ...] = ()
+
+
 @contextlib.contextmanager
-def open_runtime(config: Root, note: Callable[[str], None]) -> Iterator[tuple[Runtime, Layout]]:
-    """The runtime of the configuration and who sits where; its processes end with the context.
+def open_venue(config: Root, note: Callable[[str], None]) -> Iterator[Venue]:
+    """Find the machines of the configuration and check that they can do what it asks for. Starts none of its workers.
 
     Args:
-        note: gets a line whenever something takes long.
+        note: gets a line now and then while machines are missing.
 
-    Raises ConfigError when the machines do not have what the placement asks for, before anything is started.
+    Raises ConfigError when the machines do not have what the placement asks for; MissingDependency, WorkerDied as
+    `joined`.
     """
     cluster = config.cluster
     if cluster.num_nodes == 1 and cluster.address is None:
@@ -38,23 +48,36 @@ def open_runtime(config: Root, note: Callable[[str], None]) -> Iterator[tuple[Ru
         check_plan(config, plan)
         if resolve_backend(cluster, plan) == "local":
             prepare_process(config)
-            yield LocalRuntime(), Layout()
+            yield Venue(plan)
             return
     with joined(cluster.num_nodes, address=cluster.address, note=note) as machines:
-        from rlinf.runtime.ray_backend import RayRuntime
-
         nodes = nodes_of(machines, accelerators=config.profile == "gpu")
         plan = make_plan(cluster.component_placement, nodes, node_groups_of(cluster))
         check_plan(config, plan)
-        hosts = plan.hosts(config.rollout.pipeline_stage_num)
-        where = "this machine" if len(machines) == 1 else ", ".join(machine.name for machine in machines)
-        note(f"starting {len(hosts)} processes on {where}")
-        runtime = RayRuntime(seats_of(hosts, machines), partial(prepare_process, config, needs_device=False))
-        try:
-            layout = layout_of(plan, hosts, config.rollout.pipeline_stage_num)
-            yield runtime, layout
-        finally:
-            runtime.close()
+        yield Venue(plan, tuple(machines))
+
+
+@contextlib.contextmanager
+def open_runtime(config: Root, venue: Venue, note: Callable[[str], None]) -> Iterator[tuple[Runtime, Layout]]:
+    """The runtime of the configuration and who sits where; its processes end with the context.
+
+    Args:
+        note: gets a line whenever something takes long.
+    """
+    if not venue.machines:
+        yield LocalRuntime(), Layout()
+        return
+    from rlinf.runtime.ray_backend import RayRuntime
+
+    machines, stages = venue.machines, config.rollout.pipeline_stage_num
+    hosts = venue.plan.hosts(stages)
+    where = "this machine" if len(machines) == 1 else ", ".join(machine.name for machine in machines)
+    note(f"starting {len(hosts)} processes on {where}")
+    runtime = RayRuntime(seats_of(hosts, machines), partial(prepare_process, config, needs_device=False))
+    try:
+        yield runtime, layout_of(venue.plan, hosts, stages)
+    finally:
+        runtime.close()
 
 
 def nodes_of(machines: Sequence[Machine], *, accelerators: bool) -> list[Node]:
@@ -80,13 +103,9 @@ def seats_of(hosts: Sequence[Sequence[Process]], machines: Sequence[Machine]) ->
     seats = []
     for processes in hosts:
         first, machine = processes[0], machines[processes[0].node_rank]
-        environment = dict(first.env_vars)
-        if len(machines) == 1:
-            # Ranks of a learner look for each other under the machine's name, which may not be known.
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         name = " + ".join(f"{process.role} {process.rank}" for process in processes)
         ip = LOOPBACK if len(machines) == 1 else machine.ip
-        seats.append(Seat(name, machine.node_id, ip, machine.name, first.devices, environment, first.python))
+        seats.append(Seat(name, machine.node_id, ip, machine.name, first.devices, first.env_vars, first.python))
     return seats
 
 

@@ -28,7 +28,7 @@ from rlinf.launch.machine import (
     simulates_on_cpu,
 )
 from rlinf.launch.parse import load_config
-from rlinf.launch.processes import open_runtime
+from rlinf.launch.processes import Venue, open_runtime, open_venue
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
 from rlinf.metrics.report import Reporter
@@ -54,6 +54,12 @@ def train(config: Root) -> int:
     checkpoint = find(config.runner.resume_dir) if config.runner.resume_dir is not None else None
     resume_step = verify(checkpoint, only=POLICY_FILE).global_step if checkpoint is not None else 0
     _refuse_to_overwrite(run_dir, checkpoint)
+    # First, so that a placement which is impossible leaves nothing behind.
+    with open_venue(config, _say) as venue:
+        return _train_at(venue, config, run_dir, checkpoint, resume_step)
+
+
+def _train_at(venue: Venue, config: Root, run_dir: Path, checkpoint: Path | None, resume_step: int) -> int:
     prepare_run_dir(run_dir)
     resolved = config.model_dump(mode="json")
     logger = config.runner.logger
@@ -69,7 +75,7 @@ def train(config: Root) -> int:
             resume_step=resume_step,
             video_dir=video_directory(config, run_dir),
         ) as reporter,
-        open_runtime(config, reporter.note) as (runtime, layout),
+        open_runtime(config, venue, reporter.note) as (runtime, layout),
     ):
         reporter.note(describe(config, layout))
         if config.runner.only_eval:
@@ -207,6 +213,11 @@ def publish_file(weights: Weights, path: str | Path) -> Weights:
     return weights
 
 
+def _say(text: str) -> None:
+    """For what has to be said before there is a reporter."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _resume(crew: Crew, checkpoint: Path, config: Root) -> int:
     try:
         return load_run(crew, checkpoint)
@@ -280,7 +291,7 @@ class _Aside:
 
     def note(self, text: str) -> None:
         """Print to stderr."""
-        print(text, file=sys.stderr)
+        _say(text)
 
     def video(self, name: str, frames: np.ndarray, fps: float) -> None:
         """Write the video and say where."""

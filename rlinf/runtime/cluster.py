@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rlinf.core.errors import MissingDependency, WorkerDied
@@ -54,6 +55,7 @@ def joined(
 
     Raises MissingDependency where Ray is not installed, WorkerDied when there is no cluster or a machine does not come.
     """
+    show_token()
     try:
         import ray
     except ImportError as error:
@@ -63,6 +65,8 @@ def joined(
     ours = not ray.is_initialized()
     if ours:
         _initialise(address or os.environ.get("RAY_ADDRESS"), num_nodes)
+        # Ray would print a paragraph for each process that dies; the run itself says so, in a line.
+        ray._private.worker._worker_logs_enabled = False
     try:
         machines = _gather(num_nodes, note, timeout_s)
         if len(machines) > num_nodes:
@@ -75,6 +79,16 @@ def joined(
     finally:
         if ours:
             ray.shutdown()
+
+
+def show_token() -> None:
+    """Let Ray show this machine's token, where it has one, to the cluster that it joins; before Ray is imported.
+
+    To a cluster that is named by its address Ray would not, and be refused by those that `ray_up.sh` makes.
+    """
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_TOKEN" in os.environ or path.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _initialise(address: str | None, num_nodes: int) -> None:

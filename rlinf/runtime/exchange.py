@@ -17,7 +17,7 @@ import pickle
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
@@ -108,10 +108,15 @@ class Exchange:
         index: number of this process.
         ip: address of this machine at which it listens, on a port that the system chooses.
         key: secret of the run.
+
+    After a death channels are opened again, as those of another `generation`: what belongs to an older one and
+    arrives late is left out.
     """
 
     def __init__(self, index: int, ip: str, key: bytes) -> None:
         self.index, self._key = index, key
+        self.generation = 0
+        self._opening = threading.Lock()
         self._channels: dict[str, Channel] = {}
         self._addresses: dict[int, Address] = {}
         self._lines: dict[int, _Line] = {}
@@ -135,13 +140,30 @@ class Exchange:
         with self._lock:
             return self._channels.setdefault(name, Channel(name))
 
+    def close_channels(self, names: Iterable[str], generation: int, cause: BaseException) -> None:
+        """Close these channels here, unless they have been opened again since `generation`."""
+        with self._opening:
+            if generation < self.generation:
+                return
+            for name in names:
+                self.channel(name).close(cause)
+
+    def reopen_channels(self, generation: int, kept: Mapping[str, bool]) -> None:
+        """Make closed channels work again, by name and whether they keep what waits in them."""
+        with self._opening:
+            self.generation = generation
+            for name, keep in kept.items():
+                self.channel(name).reopen(keep=keep)
+
     def send(self, to: int, channel: str, key: Any, item: Any, *, confirm: bool) -> None:
         """Put `item` into the channel in process number `to`. With `confirm`, return when it is there.
+
+        Without, it is lost when channels are opened again before it is there.
 
         Raises ProcessDied when that process cannot be reached, ChannelClosed when the channel is closed there.
         """
         try:
-            problem = self._line(to).send((channel, key, item), confirm, CHANNEL_TIMEOUT_S)
+            problem = self._line(to).send((self.generation, channel, key, item), confirm, CHANNEL_TIMEOUT_S)
         except (OSError, EOFError, AuthenticationError) as error:
             reason = str(error) or type(error).__name__
             message = f"process {to}, at {self._addresses.get(to)}, cannot be reached: {reason}"
@@ -203,8 +225,10 @@ class Exchange:
             connection.recv_bytes_into(memory)
         problem = ""
         try:
-            channel, key, item = pickle.loads(message[5 + 8 * count :], buffers=memories)
-            self.channel(channel).put(item, key)
+            generation, channel, key, item = pickle.loads(message[5 + 8 * count :], buffers=memories)
+            with self._opening:  # not between what was there being cleared away and the channel being open
+                if confirm or generation == self.generation:
+                    self.channel(channel).put(item, key)
         except ChannelClosed as closed:
             problem = str(closed.cause)  # whoever sent it without waiting is told by the run
         except Exception as error:  # whatever unpickling raises, for instance for a class that is missing here

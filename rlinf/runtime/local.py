@@ -346,7 +346,12 @@ def _first_cause(failed: list[Future[Any]]) -> BaseException:
     """The failure that was first among failed calls: one that was not itself caused by another, a death above all."""
     errors = [error for future in failed if (error := future.exception()) is not None]
     errors.sort(key=lambda error: (isinstance(error, ChannelClosed), not isinstance(error, ProcessDied)))
-    return errors[0].cause if isinstance(errors[0], ChannelClosed) else errors[0]
+    return cause_of(errors[0])
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What closed the channel, of a failure that is nothing but the consequence of that; else the failure itself."""
+    return error.cause if isinstance(error, ChannelClosed) else error
 
 
 class Group(Generic[W]):
@@ -386,9 +391,8 @@ class Group(Generic[W]):
         return (0,) * len(self)
 
     def _on_failure(self, error: BaseException) -> None:
-        cause = error.cause if isinstance(error, ChannelClosed) else error
         for channel in self._channels:
-            channel.close(cause)
+            channel.close(cause_of(error))
 
     def run(self, method: Callable[Concatenate[W, P], R], *args: P.args, **kwargs: P.kwargs) -> Handle[R]:
         """Start `method(replica, *args, **kwargs)` on every replica."""

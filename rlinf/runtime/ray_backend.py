@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
@@ -26,6 +27,7 @@ from ray import cloudpickle
 from ray.exceptions import (
     ActorUnschedulableError,
     GetTimeoutError,
+    OutOfMemoryError,
     RayActorError,
     RayError,
     RuntimeEnvSetupError,
@@ -36,13 +38,15 @@ from torch import Tensor
 from rlinf.core.errors import ProcessDied, WorkerDied
 from rlinf.runtime.cluster import alive
 from rlinf.runtime.exchange import Address, RoutedChannel, as_array
-from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Flag, Group, Handle, Weights
+from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Flag, Group, Handle, Weights, cause_of
 from rlinf.runtime.ray_process import Build, Call, Host, HostedWeights, Outcome, pack_error, process_flag, unpack_error
 
 W = TypeVar("W")
 P = ParamSpec("P")
 R = TypeVar("R")
 
+DEATHS = (RayActorError, OutOfMemoryError)
+"""What Ray raises for a process that is no more."""
 ANSWER_TIMEOUT_S = 60.0
 """For what a process answers without working on it."""
 
@@ -95,7 +99,7 @@ class RayChannel(RoutedChannel):
 
     def close(self, cause: BaseException) -> None:
         """Wake all who wait here, in every process."""
-        self._runtime.tell_all(Host.close_channels, [self.name], pack_error(cause))
+        self._runtime.close_channels([self.name], self._runtime.generation, cause)
 
 
 class RayWeights(Weights):
@@ -152,9 +156,10 @@ class _RemoteReplica:
         answer.set_exception(error)
 
     def _died(self, problem: BaseException) -> BaseException:
-        if not isinstance(problem, RayActorError):
+        if not isinstance(problem, DEATHS):
             return problem
-        return ProcessDied(f"{self.name} is gone: the process {self._runtime.describe(self.host)} ended", self.host)
+        how = "was ended by Ray: memory is full there" if isinstance(problem, OutOfMemoryError) else "ended"
+        return ProcessDied(f"{self.name} is gone: the process {self._runtime.describe(self.host)} {how}", self.host)
 
     def whereabouts(self) -> str:
         """The line that it is at, if its process says so in time."""
@@ -217,13 +222,15 @@ class RayGroup(Group[W]):
 
     def _begin(self, what: str, calls: Sequence[Build | Call]) -> Handle[Any]:
         started = [(replica, replica.submit(call)) for replica, call in zip(self._remote, calls, strict=True)]
+        # The failure of a call may become known only when what it did not survive has long been replaced.
+        note_failure = partial(self._note_failure, self._runtime.generation)
         for _, future in started:
-            future.add_done_callback(self._note_failure)
+            future.add_done_callback(note_failure)
         return Handle(f"{self.name}.{what}", started, self._stop)
 
-    def _note_failure(self, ended: Future[Any]) -> None:
+    def _note_failure(self, generation: int, ended: Future[Any]) -> None:
         if (error := ended.exception()) is not None:
-            self._on_failure(error)
+            self._runtime.close_channels([channel.name for channel in self._channels], generation, cause_of(error))
 
     def end(self) -> None:
         """Nothing: the processes end with the runtime."""
@@ -248,6 +255,7 @@ class RayRuntime:
         self._groups: list[RayGroup[Any]] = []
         self._kept: dict[str, bool] = {}
         self._flags: list[RayFlag] = []
+        self.generation = 0
         self._introductions: dict[int, tuple[Address, int, str]] = {}
         self._actors = {index: self._start(index) for index in range(len(seats))}
         try:
@@ -291,7 +299,7 @@ class RayRuntime:
             return ray.get(reference, timeout=timeout_s)
         except GetTimeoutError as error:
             raise WorkerDied(f"the process {self.describe(index)} gave no answer for {timeout_s:g} s") from error
-        except (RayActorError, RuntimeEnvSetupError, ActorUnschedulableError) as error:
+        except (*DEATHS, RuntimeEnvSetupError, ActorUnschedulableError) as error:
             raise ProcessDied(f"the process {self.describe(index)} ended: {error}", index) from error
 
     def actor(self, host: int) -> Any:
@@ -315,6 +323,11 @@ class RayRuntime:
         """Call a method of `Host` in all processes; those that are gone do not matter. Does not wait."""
         for actor in list(self._actors.values()):
             getattr(actor, method.__name__).remote(*args)
+
+    def close_channels(self, names: Sequence[str], generation: int, cause: BaseException) -> None:
+        """Wake whoever waits on these channels in any process, unless they were opened again since `generation`."""
+        if names:
+            self.tell_all(Host.close_channels, names, generation, pack_error(cause))
 
     def new_number(self) -> int:
         """One that was not given before."""
@@ -371,6 +384,7 @@ class RayRuntime:
     def replace(self, hosts: Sequence[int]) -> None:
         """See Runtime."""
         self._require_machines(hosts)
+        self.generation += 1
         for index in hosts:
             ray.kill(self._actors[index])
             del self._introductions[index]
@@ -380,7 +394,7 @@ class RayRuntime:
         except ProcessDied:
             self._require_machines(hosts)  # Ray takes some seconds to find out that one is gone
             raise
-        self.tell(Host.reopen_channels, self._actors, self._kept)
+        self.tell(Host.reopen_channels, self._actors, self.generation, self._kept)
         for group in self._groups:
             group.rebuild(hosts)
         for flag in self._flags:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
+import struct
 import sys
 import traceback
 import warnings
@@ -25,6 +27,9 @@ from torch import Tensor
 from rlinf.runtime.exchange import Address, as_array, as_tensor, open_exchange, this_exchange
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, ChannelClosed, Flag, Replica, Weights
 
+SIOCGIFADDR = 0x8915
+"""Of linux/sockios.h: the address of an interface."""
+
 
 class Host:
     """The actor that is a process of the run. All its methods run on one event loop; replicas have threads."""
@@ -34,6 +39,9 @@ class Host:
     ) -> None:
         if devices:  # before anybody asks CUDA for them
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), devices)
+        if (interface := interface_of(ip)) is not None:
+            # Ranks of a learner look for each other under the machine's name, which may be known to nobody.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         # What the driver could import by name is sent by name.
         sys.path += [entry for entry in path if entry not in sys.path]
         self._prepare = prepare
@@ -99,15 +107,13 @@ class Host:
         """Throw the switch in this process."""
         process_flag(name).set(reason)
 
-    async def close_channels(self, names: Sequence[str], cause: bytes) -> None:
-        """Wake whoever waits on these channels in this process."""
-        for name in names:
-            self._exchange.channel(name).close(unpack_error(cause))
+    async def close_channels(self, names: Sequence[str], generation: int, cause: bytes) -> None:
+        """Wake whoever waits on these channels in this process; see Exchange."""
+        self._exchange.close_channels(names, generation, unpack_error(cause))
 
-    async def reopen_channels(self, kept: Mapping[str, bool]) -> None:
-        """Make closed channels work again, by name and whether they keep what waits in them."""
-        for name, keep in kept.items():
-            self._exchange.channel(name).reopen(keep=keep)
+    async def reopen_channels(self, generation: int, kept: Mapping[str, bool]) -> None:
+        """Make closed channels work again; see Exchange."""
+        self._exchange.reopen_channels(generation, kept)
 
     async def take_weights(self, name: str, version: int, state: Any) -> None:
         """Make `state`, arrays in shared memory, what readers of this process get."""
@@ -152,6 +158,19 @@ def visible_devices(visible: str | None, devices: Sequence[int]) -> str:
     """What CUDA_VISIBLE_DEVICES has to be for `devices` to be seen, which are counted among those `visible` now."""
     names = visible.split(",") if visible else None
     return ",".join(names[device] if names else str(device) for device in devices)
+
+
+def interface_of(ip: str) -> str | None:
+    """The network interface of this machine that has the IPv4 address `ip`; None where there is none (Linux)."""
+    if sys.platform != "linux":
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(sock.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == ip:
+                    return name
+    return None
 
 
 def _forward(source: Future[Any], target: Future[Any]) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -376,6 +377,26 @@ def test_updates_prints_both_tables():
 
 def test_replay_prints_its_tables():
     assert "stable_baselines3" in output_of("replay.py")
+
+
+def test_a_run_over_processes_ends_cleanly():
+    pytest.importorskip("ray")
+    assert "ray     1 of 1 clean" in output_of("clean_ends.py", "--backends", "ray")
+
+
+def test_a_run_that_does_not_end_in_time_is_told_with_what_it_left(monkeypatch):
+    import clean_ends
+
+    code = "import subprocess, sys, time; subprocess.Popen(['sleep', '99'], start_new_session=True); time.sleep(60)"
+    monkeypatch.setattr(clean_ends, "LEAVE_S", 0.2)
+    monkeypatch.setattr(clean_ends.subprocess, "Popen", partial(start_instead, subprocess.Popen, code))
+    late, code, checkpoint, left = clean_ends.end_of("local", "finished", 1.0).problems
+    assert late == "still there after 1 s" and code.startswith("exit code -9") and checkpoint == "no checkpoint"
+    assert left == "left behind: sleep 99 "
+
+
+def start_instead(popen, code: str, command: list[str], **how) -> subprocess.Popen:
+    return popen([sys.executable, "-c", code], **how)
 
 
 @pytest.mark.sim

@@ -1,6 +1,13 @@
 """From a placement to processes: seats, layout, and a run of the seed's layout over sixteen accelerators."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlinf.core.errors import ConfigError
+from rlinf.core.errors import ConfigError, ProcessDied
 from rlinf.core.ranks import OneRank
+from rlinf.launch import run
 from rlinf.launch.parse import load_config
-from rlinf.launch.processes import layout_of, nodes_of, open_runtime, seats_of
+from rlinf.launch.processes import layout_of, nodes_of, seats_of
 from rlinf.launch.run import train
+from rlinf.runners.checkpoint import find, verify
 from rlinf.runtime.cluster import Machine
 from rlinf.runtime.local import LocalRuntime
 from rlinf.runtime.placement import NodeGroup, make_plan
@@ -102,14 +111,31 @@ def _seen(worker):
     return len(segments), segments[0].obs["state"][0, :, 0]
 
 
-def test_more_than_the_machine_has_is_refused_before_anything_starts(ray_machine):
-    overrides = ["profile=cpu", "cluster.component_placement='env: 3; rollout: 0; actor: 0'"]
-    root = load_config("reach_sac_mlp", overrides, CONFIG_DIR)
-    with (
-        pytest.raises(ConfigError, match="env: 3 needs node 3, but there is 1 node and no accelerator"),
-        open_runtime(root, print),
-    ):
-        pass
+@pytest.mark.parametrize("joining", [[], ["cluster.address=auto"]], ids=["alone", "in a cluster"])
+def test_more_than_there_is_leaves_nothing_behind(tmp_path, capfd, ray_machine, joining):
+    placement = "cluster.component_placement='env: 3; rollout: 0; actor: 0'"
+    overrides = ["profile=cpu", f"runner.logger.log_path={tmp_path / 'logs'}", placement, *joining]
+    with pytest.raises(ConfigError, match="env: 3 needs node 3, but there is 1 node and no accelerator"):
+        train(load_config("reach_sac_mlp", overrides, CONFIG_DIR))
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
+
+
+def test_machines_without_a_cluster_are_one_line_and_leave_nothing_behind(tmp_path):
+    pytest.importorskip("ray")
+    script = CONFIG_DIR.parent / "train.py"
+    words = ["--config-name", "reach_sac_mlp", "cluster.num_nodes=2", f"runner.logger.log_path={tmp_path / 'logs'}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, timeout=100, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: no Ray cluster answers on this machine (none was started); start it with: "
+        "bash examples/embodiment/ray_up.sh head, and on every other machine: "
+        "bash examples/embodiment/ray_up.sh worker HEAD_ADDRESS\n"
+    )
+    assert (done.stdout, list(tmp_path.iterdir())) == ("", [])
 
 
 @pytest.mark.parametrize("recipe", ["reach_sac_mlp", "reach_ppo_mlp"])
@@ -146,3 +172,53 @@ def test_two_learners_and_two_env_processes_learn_and_resume(tmp_path, ray_machi
     assert metrics["step"] == 3 and metrics["time/updates"] == 12
     # Every env step of both processes and both runs was taken in by one of the learners.
     assert metrics["train/replay_buffer/size"] == metrics["time/env_steps"] == 3 * 160
+
+
+def test_a_killed_rank_of_the_learner_ends_the_run_and_the_command_that_is_named_goes_on(
+    tmp_path, ray_machine, capfd, monkeypatch
+):
+    run_dir = tmp_path / "reach_sac_mlp"
+    overrides = [
+        "profile=cpu", "cluster.component_placement='env: 0; rollout: 0; actor: 0:0-1'", "runner.save_interval=3",
+        f"runner.logger.log_path={tmp_path}", "runner.max_epochs=100000", "runner.val_check_interval=-1",
+        "actor.micro_batch_size=32", "algorithm.update_epoch=4", "actor.num_threads=1",
+    ]  # fmt: skip
+    build = run.build_crew
+
+    def build_and_kill(*arguments):
+        crew = build(*arguments)
+        pid = crew.learner.run(_pid).wait()[1]
+        killer = threading.Thread(target=kill_after_two_checkpoints, args=[run_dir / "checkpoints", pid], daemon=True)
+        killer.start()
+        return crew
+
+    monkeypatch.setattr(run, "build_crew", build_and_kill)
+    began = time.monotonic()
+    with pytest.raises(ProcessDied, match=r"^learner\[1\] is gone: the process 'actor 1' \(process \d+ on .*\) ended$"):
+        train(load_config("reach_sac_mlp", overrides, CONFIG_DIR))
+    assert time.monotonic() - began < 100
+    told = capfd.readouterr().err
+    [resume] = re.findall(r"the run failed in step \d+ .*\. Go on with: (runner\.resume_dir=\S+)", told)
+    [failed_in] = map(int, re.findall(r"the run failed in step (\d+)", told))
+    kept = verify(find(run_dir))
+    assert resume == f"runner.resume_dir={find(run_dir)}"
+    assert kept.global_step % 3 == 0 and failed_in - kept.global_step <= 3
+    monkeypatch.setattr(run, "build_crew", build)
+    more = [*overrides, resume, f"runner.max_epochs={kept.global_step + 2}"]
+    assert train(load_config("reach_sac_mlp", more, CONFIG_DIR)) == 0
+    after = verify(find(run_dir))
+    assert after.global_step == kept.global_step + 2
+    assert after.progress.updates == kept.progress.updates + 2 * 4
+    steps = [json.loads(row)["step"] for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, after.global_step + 1))
+
+
+def _pid(worker):
+    return os.getpid()
+
+
+def kill_after_two_checkpoints(checkpoints: Path, pid: int) -> None:
+    while not (checkpoints / "global_step_6").exists():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,10 +225,43 @@ def test_a_killed_learner_ends_the_run_with_the_checkpoint_to_go_on_from(mortal,
 
 
 def test_runs_end_cleanly_time_after_time(make_runtime, tmp_path):
+    """Whole processes: benchmarks/clean_ends.py."""
+    runtime = make_runtime(3)
+    before = set(threading.enumerate())
     for number in range(20):
         crew = build_crew_on(
-            make_runtime(3), APART, counting_envs(APART), CountingActor, CountingAlgorithm, name=f"run {number}"
+            runtime, APART, counting_envs(APART), CountingActor, CountingAlgorithm, name=f"run {number}"
         )
         run = run_async if number % 2 else run_sync
         store = CheckpointStore(tmp_path / str(number))
+        began = time.monotonic()
         assert run(crew, Schedule(num_steps=2, chunks=2, overlap=True), store, RecordingReporter()) == 2
+        assert time.monotonic() - began < 20
+        assert find(tmp_path / str(number)).name == "global_step_2"
+        assert runtime.dead() == []
+    left = {thread for thread in threading.enumerate() if thread not in before and not thread.name.startswith("flag ")}
+    for thread in left:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in left), left
+
+
+def test_processes_end_with_their_runtime(ray_machine):
+    from rlinf.runtime.ray_backend import RayRuntime, Seat
+
+    for number in range(3):
+        runtime = RayRuntime([Seat(f"{number}.{i}", ray_machine.node_id, "127.0.0.1") for i in range(2)])
+        pids = [pid for _, pid, _ in runtime._introductions.values()]
+        assert all(is_alive(pid) for pid in pids)
+        runtime.close()
+        until = time.monotonic() + 10
+        while any(is_alive(pid) for pid in pids):
+            assert time.monotonic() < until, pids
+            time.sleep(0.02)
+
+
+def is_alive(pid):
+    """Whether the process is there and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
@@ -254,6 +255,24 @@ def test_a_killed_process_is_named_at_once(doomed):
         handle.wait(20)
     assert time.monotonic() - began < 5
     assert len(handle.failures(10)) == 2, "who waited for it was woken"
+
+
+def test_a_failure_of_before_a_recovery_that_becomes_known_after_it_closes_nothing(doomed):
+    runtime, group = doomed.runtime, doomed.group
+    pid, _ = group.run(lambda worker: os.getpid()).wait(20)
+    waiting, fail_later = group.run(Worker.receive), partial(group._note_failure, runtime.generation)
+    os.kill(pid, 9)
+    assert len(waiting.failures(20)) == 2
+    runtime.replace([0])
+    failed = Future()
+    failed.set_exception(WorkerDied("an old failure"))
+    fail_later(failed)
+    runtime.close_channels([doomed.channel.name], runtime.generation - 1, WorkerDied("another"))
+    asked = [(Worker.ask, 20, "word"), (Worker.echo, 20)]
+    assert group.run_each(lambda worker, job: job[0](worker, *job[1:]), asked).wait(20)[0] == "word"
+    doomed.channel.close(WorkerDied("a new failure"))
+    with pytest.raises(WorkerDied, match="a new failure"):
+        group.run(Worker.receive).wait(20)
 
 
 def test_strangers_are_not_listened_to(pair):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlinf.core.errors import MissingDependency
+from rlinf.envs.egl_devices import choose_device
 
 INSTALL_COMMAND = "bash requirements/install.sh embodied --env frankasim"
 
@@ -45,10 +46,15 @@ def scene_file() -> Path:
 
 
 def import_mujoco() -> Any:
-    """The module `mujoco`, which draws through EGL unless the user chose. Raises MissingDependency without it."""
+    """The module `mujoco`, which draws through EGL, on this process's GPU, unless the user chose.
+
+    Raises MissingDependency without it.
+    """
     # With MUJOCO_GL=egl and no EGL even the import fails, which state observations need not suffer.
     if sys.platform == "linux" and "mujoco" not in sys.modules and ctypes.util.find_library("EGL") is not None:
         os.environ.setdefault("MUJOCO_GL", "egl")
+    if os.environ.get("MUJOCO_GL", "").lower() == "egl" and "mujoco" not in sys.modules:
+        choose_device()
     try:
         import mujoco
     except ImportError as error:

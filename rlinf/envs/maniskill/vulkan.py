@@ -40,7 +40,8 @@ def find_icd(cuda: bool = False) -> Path | None:
 def use_icd(cuda: bool = False) -> Literal["sapien_cpu", "sapien_cuda"]:
     """Make this process render with the driver of `find_icd`, before SAPIEN makes a device.
 
-    Returns the name by which ManiSkill knows the renderer.
+    Returns the name by which ManiSkill knows the renderer. On CUDA it draws on the first device that the process sees,
+    which in a run over several is the one where its environments were placed.
 
     Raises:
         MissingDependency: there is no Vulkan driver.
