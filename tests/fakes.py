@@ -278,6 +278,9 @@ class TinyAlgorithm:
         self.generator.set_state(state["generator"])
         self.updates = state["updates"]
 
+    def held(self) -> dict[str, Any]:
+        return self.state_dict()
+
     def buffers(self) -> dict[str, Any]:
         return {"replay_buffer": self.buffer}
 

@@ -13,11 +13,12 @@ it the gradient of the whole batch.
 
 from __future__ import annotations
 
+import copy
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,47 @@ class OptimizerSettings:
         floor = self.min_lr / self.lr
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Adam:
+        """Adam, or AdamW; one kernel for all parameters."""
+        adam = torch.optim.AdamW if self.weight_decay > 0 else torch.optim.Adam
+        return adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True)
+
+
+class AnyStepper(Protocol):
+    """An optimizer with everything that belongs to its step: `Stepper`, or that of `fsdp` over sharded parameters."""
+
+    parameters: list[nn.Parameter]
+    steps: int
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        ...
+
+    def descend(self, loss_of: LossOf, micro_batches: Sequence[Any]) -> Metrics:
+        """One step on the mean of `loss_of` over equal micro-batches, see `Stepper.descend`."""
+        ...
+
+    def begin(self) -> None:
+        """Start from no gradient."""
+        ...
+
+    def leaves(self, *, last: bool) -> Sequence[nn.Parameter]:
+        """What the next backward pass adds gradients to; `last`: that of the last micro-batch before `apply`."""
+        ...
+
+    def apply(self) -> Tensor:
+        """Step along the gradients that were added up since `begin`. Returns their norm before clipping."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and step count."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        ...
+
 
 def flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
     """One contiguous tensor [P] of which every parameter is a view, in their order.
@@ -119,25 +161,14 @@ class Stepper:
             grad.view(parameter.shape)
             for grad, parameter in zip(self.flat.grad.split(sizes), self.parameters, strict=True)
         ]
-        adam = torch.optim.AdamW if settings.weight_decay > 0 else torch.optim.Adam
-        self.optimizer = adam(
-            [self.flat],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = settings.make_optimizer([self.flat])
 
     def descend(self, loss_of: LossOf, micro_batches: Sequence[Any]) -> Metrics:
         """One step on the mean of `loss_of` over equal micro-batches.
 
         Returns the means of its statistics over them, with `grad_norm` (before clipping) and `lr`.
         """
-        self.begin()
-        metrics = accumulate(loss_of, micro_batches, self.parameters)
-        lr, norm = self.lr, self.apply()
-        return metrics | {"grad_norm": norm, "lr": lr}
+        return descend(self, loss_of, micro_batches)
 
     @property
     def lr(self) -> float:
@@ -153,6 +184,10 @@ class Stepper:
         for parameter, grad in zip(self.parameters, self._grads, strict=True):
             parameter.grad = grad
 
+    def leaves(self, *, last: bool) -> Sequence[nn.Parameter]:
+        """The parameters; ranks meet in `apply` alone, whichever is the `last` pass."""
+        return self.parameters
+
     def apply(self) -> Tensor:
         """Step along the gradients that were added up since `begin`. Returns their norm before clipping."""
         assert self.flat.grad is not None
@@ -160,11 +195,7 @@ class Stepper:
         norm = torch.linalg.vector_norm(grad)
         if self.settings.clip_grad is not None:
             grad.mul_((self.settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        # The fused optimizers skip the step where this flag is 1 (torch.amp.GradScaler relies on the same).
-        self.optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
-        self.optimizer.step()
+        step_if_finite(self.optimizer, self.lr, norm)
         for parameter in self.parameters:
             parameter.grad = None
         self.steps += 1
@@ -176,17 +207,35 @@ class Stepper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        # A copy: torch would keep the given tensors, which may be another's, or a file that is mapped into memory.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.steps = state["steps"]
+
+
+def descend(stepper: AnyStepper, loss_of: LossOf, micro_batches: Sequence[Any]) -> Metrics:
+    """See `Stepper.descend`."""
+    stepper.begin()
+    metrics = accumulate(loss_of, micro_batches, [stepper])
+    lr, norm = stepper.lr, stepper.apply()
+    return metrics | {"grad_norm": norm, "lr": lr}
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor) -> None:
+    """A step of a fused optimizer, that does nothing where the gradient's norm is not finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # The fused optimizers skip the step where this flag is 1 (torch.amp.GradScaler relies on the same).
+    optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def accumulate(
     loss_of: LossOf,
     micro_batches: Sequence[Any],
-    parameters: Sequence[nn.Parameter],
+    steppers: Sequence[AnyStepper],
     shares: Sequence[float] | None = None,
 ) -> Metrics:
-    """Add the gradients of a mean loss to the `.grad` of `parameters` and of nothing else.
+    """Add the gradients of a mean loss to those of `steppers` and to nothing else.
 
     Args:
         shares: weight of each micro-batch; None for equal ones.
@@ -194,9 +243,12 @@ def accumulate(
     Returns the mean of the statistics, weighted alike.
     """
     metrics: Metrics = {}
-    for micro_batch, share in zip(micro_batches, shares or [1 / len(micro_batches)] * len(micro_batches), strict=True):
+    weighted = zip(micro_batches, shares or [1 / len(micro_batches)] * len(micro_batches), strict=True)
+    for number, (micro_batch, share) in enumerate(weighted, start=1):
         loss, stats = loss_of(micro_batch)
-        (loss * share if share < 1 else loss).backward(inputs=parameters)
+        last = number == len(micro_batches)
+        leaves = [leaf for stepper in steppers for leaf in stepper.leaves(last=last)]
+        (loss * share if share < 1 else loss).backward(inputs=leaves)
         if share == 1:
             metrics = stats
         else:
@@ -225,13 +277,13 @@ def load_generator(generator: torch.Generator, state: Mapping[str, Any], ranks: 
         generator.set_state(states[ranks.rank].cpu())
 
 
-def load_parts(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Load the state of every part of an algorithm. Raises CheckpointError naming the part that does not fit."""
+def load_parts(parts: Mapping[str, Any], state: Mapping[str, Any], load: Callable[[Any, Any], None]) -> None:
+    """`load(part, its state)` for every part of an algorithm. Raises CheckpointError naming one that does not fit."""
     for name, part in parts.items():
         if name not in state:
             raise CheckpointError(f"the checkpoint has no {name!r}: it was written by another algorithm")
         try:
-            part.load_state_dict(state[name])
+            load(part, state[name])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch lists every tensor
             raise CheckpointError(

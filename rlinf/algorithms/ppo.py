@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rlinf.algorithms.optimize import OptimizerSettings, Stepper, accumulate, load_generator, load_parts
+from rlinf.algorithms.optimize import OptimizerSettings, accumulate, load_generator, load_parts
+from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.core import tree
 from rlinf.core.protocols import ActorCriticNetwork, Buffer
 from rlinf.core.ranks import ONE_RANK, Ranks, share_of
@@ -177,6 +178,7 @@ class PPO:
         target_kl: leave the rest of a collection once `approx_kl` of a minibatch is larger; None for never.
         generator: of the shuffles, on the CPU; a stream of its own on every rank.
         ranks: who learns together. They need equal networks to begin with.
+        data_parallel: how the weights of `network` lie on `ranks`; None for whole on each.
         Others: see the losses.
     """
 
@@ -210,8 +212,9 @@ class PPO:
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
         ranks: Ranks = ONE_RANK,
+        data_parallel: DataParallel | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.data_parallel = ranks, data_parallel or Replicated(ranks)
         self.network, self.normalizer = network, normalizer
         self.gamma, self.gae_lambda, self.bootstrap = gamma, gae_lambda, bootstrap
         self.update_epoch = update_epoch
@@ -225,8 +228,8 @@ class PPO:
         self.autocast, self.device = autocast, torch.device(device)
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
         self.losses = torch.compile(self._losses, dynamic=False) if compile else self._losses
-        self.policy_stepper = Stepper(network.policy_parameters(), policy_optim, ranks)
-        self.value_stepper = Stepper(network.value_parameters(), value_optim, ranks)
+        self.policy_stepper = self.data_parallel.stepper(network.policy_parameters(), policy_optim)
+        self.value_stepper = self.data_parallel.stepper(network.value_parameters(), value_optim)
         self.updates = 0
         self._forget()
 
@@ -278,11 +281,14 @@ class PPO:
     @torch.no_grad()
     def _prepare(self) -> tuple[Samples, Metrics]:
         """Advantages and returns of the collection, as samples, and statistics of it."""
+        passes = sum(1 + bool(len(segment.last_index)) for segment in self._segments)
+        missing = self.data_parallel.missing_passes(passes)  # before the first of them: ranks talk in the same order
         parts, rewards = [], []
         for segment in self._segments:
             samples, reward = self._samples_of(segment)
             parts.append(samples)
             rewards.append(reward)
+        self._pass_along(missing)
         advantage = torch.cat([part.advantage for part in parts])
         returns = torch.cat([part.returns for part in parts])
         value = torch.cat([part.value for part in parts])
@@ -308,6 +314,13 @@ class PPO:
             weight=weight / self.ranks.cat(weight).mean(),
         )
         return samples, metrics
+
+    def _pass_along(self, passes: int) -> None:
+        """Forward passes for the sake of other ranks, who need this one's share of the weights."""
+        obs = tree.to(tree.index(tree.index(self._segments[0].obs, -1), slice(0, 1)), self.device)
+        with self._precision():
+            for _ in range(passes):
+                self.network.value(obs)
 
     def _samples_of(self, segment: Trajectory) -> tuple[Samples, Tensor]:
         """The valid decisions of a segment in time-major order, and the reward of each."""
@@ -361,9 +374,8 @@ class PPO:
             steppers["actor"] = self.policy_stepper
         for stepper in steppers.values():
             stepper.begin()
-        trained = [parameter for stepper in steppers.values() for parameter in stepper.parameters]
         shares = [len(part) / len(batch) for part in parts]
-        metrics = accumulate(lambda part: self.losses(part, "actor" in steppers), parts, trained, shares)
+        metrics = accumulate(lambda part: self.losses(part, "actor" in steppers), parts, [*steppers.values()], shares)
         for name, stepper in steppers.items():
             metrics[f"{name}/lr"] = stepper.lr
             metrics[f"{name}/grad_norm"] = stepper.apply()
@@ -404,7 +416,7 @@ class PPO:
 
     def acting_weights(self) -> tuple[int, dict[str, Tensor]]:
         """(number of updates, copy of all weights and statistics)."""
-        return self.updates, {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+        return self.updates, self.data_parallel.copy_of(self.network)
 
     def buffers(self) -> dict[str, Buffer]:
         """None: what was learned from is of no more use."""
@@ -415,12 +427,16 @@ class PPO:
 
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizers, the generators of all ranks, update counter; not the collection at hand. Collective."""
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        state: dict[str, Any] = {name: self.data_parallel.state_of(part) for name, part in self._parts().items()}
         return state | {"updates": self.updates, "generators": self.ranks.gather(self.generator.get_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`. Raises CheckpointError naming the part that is missing or does not fit."""
-        load_parts(self._parts(), state)
+        load_parts(self._parts(), state, self.data_parallel.load)
         self.updates = state["updates"]
         load_generator(self.generator, state, self.ranks)
         self._forget()
+
+    def held(self) -> dict[str, Any]:
+        """The tensors of network and optimizers that this rank keeps."""
+        return {name: self.data_parallel.held_of(part) for name, part in self._parts().items()}

@@ -31,7 +31,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_generator, load_parts, track
+from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_generator, load_parts
+from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core import tree
 from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork, Network
@@ -206,6 +207,7 @@ class SAC:
         device: where networks and batches live.
         generator: randomness of the losses, on `device`; a stream of its own on every rank.
         ranks: who learns together. They need equal networks to begin with.
+        data_parallel: how the weights of the given networks lie on `ranks`; None for whole on each.
     """
 
     def __init__(
@@ -245,8 +247,9 @@ class SAC:
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
         ranks: Ranks = ONE_RANK,
+        data_parallel: DataParallel | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.data_parallel = ranks, data_parallel or Replicated(ranks)
         self.actor, self.critic, self.target_critic = actor, critic, target_critic
         self.temperature, self.replay = temperature, replay
         self.sampler: Sampler = sampler if sampler is not None else replay  # type: ignore[assignment]
@@ -267,10 +270,10 @@ class SAC:
         self.generator = generator if generator is not None else torch.Generator(self.device).manual_seed(0)
         self.critic_loss = torch.compile(critic_loss, dynamic=False) if compile else critic_loss
         self.actor_loss = torch.compile(actor_loss, dynamic=False) if compile else actor_loss
-        self.actor_stepper = Stepper(actor.parameters(), actor_optim, ranks)
+        self.actor_stepper = self.data_parallel.stepper(actor.parameters(), actor_optim)
         # The critics' own first: they stay one flat tensor, which `track` reads.
         trained = [*critic.parameters(), *(encoder.trained_parameters() if encoder is not None else [])]
-        self.critic_stepper = Stepper(trained, critic_optim, ranks)
+        self.critic_stepper = self.data_parallel.stepper(trained, critic_optim)
         self.alpha_stepper: Stepper | None = None
         if temperature.theta.requires_grad:
             self.alpha_stepper = Stepper(temperature.parameters(), alpha_optim, ranks)
@@ -311,7 +314,7 @@ class SAC:
             metrics |= self._update_actor(batches)
         self.updates += 1
         if self.updates % self.target_update_freq == 0:
-            track(self.target_critic, self.critic, self.tau)
+            self.data_parallel.track(self.target_critic, self.critic, self.tau)
         return metrics
 
     def _update_critic(self, batches: Sequence[Transition]) -> tuple[Metrics, list[Transition]]:
@@ -422,7 +425,7 @@ class SAC:
 
     def acting_weights(self) -> tuple[int, dict[str, Tensor]]:
         """(number of updates, copy of the weights and statistics of what acts): never the critics."""
-        return self.updates, {name: value.detach().clone() for name, value in self.acting.state_dict().items()}
+        return self.updates, self.data_parallel.copy_of(self.acting)
 
     def buffers(self) -> dict[str, Buffer]:
         """`replay_buffer`, and `demo_buffer` where there is prior data."""
@@ -445,14 +448,18 @@ class SAC:
     def state_dict(self) -> dict[str, Any]:
         """Networks, optimizers, target, temperature, the generators of all ranks and the update counter. Collective."""
         self._take_in_unseen()
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        state: dict[str, Any] = {name: self.data_parallel.state_of(part) for name, part in self._parts().items()}
         return state | {"updates": self.updates, "generators": self.ranks.gather(self.generator.get_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`. Raises CheckpointError naming the part that is missing or does not fit."""
-        load_parts(self._parts(), state)
+        load_parts(self._parts(), state, self.data_parallel.load)
         self.updates = state["updates"]
         load_generator(self.generator, state, self.ranks)
+
+    def held(self) -> dict[str, Any]:
+        """The tensors of networks, optimizers, target and temperature that this rank keeps."""
+        return {name: self.data_parallel.held_of(part) for name, part in self._parts().items()}
 
 
 def _detached(leaf: Any) -> Any:

@@ -96,6 +96,20 @@ class Network(Protocol):
         ...
 
 
+@runtime_checkable
+class ShardUnits(Protocol):
+    """A network that is so large that it should be brought together in parts where its weights are shared out.
+
+    One without this method is one unit: all of it is on every device while it is computed.
+    """
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """The blocks, such as transformer layers, inner ones before outer ones. Each is only called: nobody else reads
+        its parameters. What belongs to none is a unit of its own.
+        """
+        ...
+
+
 class ActorNetwork(Actor, Network, Protocol):
     """A trainable actor."""
 
@@ -137,8 +151,8 @@ class ActorCriticNetwork(ActorCritic, Network, Protocol):
 class Algorithm(Protocol):
     """Turns experience into better weights. Owns networks, optimizers, buffers and counters.
 
-    Where several ranks learn together, all of them call `ready`, `update` and `state_dict` at the same time; see
-    `core.ranks`.
+    Where several ranks learn together, all of them call `ready`, `update`, `acting_weights` and `state_dict` at the
+    same time; see `core.ranks`. Of weights that are shared out among them, rank 0 alone is given a whole copy.
     """
 
     def observe(self, trajectory: Trajectory) -> None:
@@ -166,6 +180,10 @@ class Algorithm(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`. Raises CheckpointError naming missing, extra or misshapen entries."""
+        ...
+
+    def held(self) -> dict[str, Any]:
+        """The very tensors that this rank keeps between updates, to be moved elsewhere and back."""
         ...
 
     def buffers(self) -> dict[str, Buffer]:

@@ -6,6 +6,8 @@ that of all experience calls a `Ranks`; with `ONE_RANK`, the default everywhere,
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -45,8 +47,10 @@ class Ranks(Protocol):
         """What rank 0 has."""
         ...
 
-    def cat(self, rows: Tensor) -> Tensor:
-        """The rows [M, ...] of all ranks, in the order of ranks; their numbers may differ."""
+    def cat(self, rows: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
+        """The rows [M, ...] of all ranks, in the order of ranks; their numbers may differ, and are asked for where
+        `numbers` does not give them.
+        """
         ...
 
     def gather(self, value: T) -> list[T]:
@@ -59,6 +63,10 @@ class Ranks(Protocol):
 
     def all(self, flag: bool) -> bool:
         """Whether it is true on every rank."""
+        ...
+
+    def meeting(self) -> contextlib.AbstractContextManager[None]:
+        """Around calls in which others than this class talk to the other ranks, so that they raise WorkerDied too."""
         ...
 
 
@@ -81,7 +89,7 @@ class OneRank:
         """`tensor` as it is."""
         return tensor
 
-    def cat(self, rows: Tensor) -> Tensor:
+    def cat(self, rows: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
         """`rows` as they are."""
         return rows
 
@@ -96,6 +104,10 @@ class OneRank:
     def all(self, flag: bool) -> bool:
         """`flag`."""
         return flag
+
+    def meeting(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing can go wrong."""
+        return contextlib.nullcontext()
 
 
 ONE_RANK = OneRank()

@@ -31,6 +31,27 @@ class OptimConfig(Config):
     )
 
 
+class FsdpConfig(Config):
+    """How several learner processes share one network."""
+
+    strategy: Literal["auto", "ddp", "fsdp2"] = Field(
+        "auto",
+        description="ddp: each process has all of it, and gradients are averaged. fsdp2: each has its share of the "
+        "weights, gradients and moments, for networks too large for one device; `fsdp` is another name of it. auto: "
+        "fsdp2 from 500 million trained parameters on. One process alone has nothing to share.",
+    )
+    reshard_after_forward: bool = Field(
+        True,
+        description="fsdp2: forget gathered weights between forward and backward pass and gather them again; False: "
+        "keep them, which is faster and takes more memory.",
+    )
+    enable_gradient_accumulation: bool = Field(
+        True,
+        description="fsdp2: exchange gradients once for all micro-batches of an update, which takes memory for a whole "
+        "gradient on each device; False: for each micro-batch.",
+    )
+
+
 class EntropyTuningConfig(Config):
     """The temperature α, which weighs entropy against reward."""
 

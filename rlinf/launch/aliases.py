@@ -82,6 +82,11 @@ def _random_shift(value: Any, tree: Tree) -> Any:
     return {True: 4, False: 0}.get(value, value) if isinstance(value, bool) else value
 
 
+def _strategy(value: Any, tree: Tree) -> Any:
+    """Torch's first FSDP shares out the same things in another way."""
+    return "fsdp2" if value == "fsdp" else value
+
+
 ALIASES: tuple[Alias, ...] = (
     Alias("algorithm.adv_type", "algorithm.loss_type", when=lambda value: value != "gae"),
     Alias("actor.model.model_type", "actor.model.model_type", _model_type),
@@ -95,6 +100,7 @@ ALIASES: tuple[Alias, ...] = (
         Alias(f"{section}.adam_eps", f"{section}.eps")
         for section in ("actor.optim", "actor.critic_optim", "algorithm.entropy_tuning.optim")
     ),
+    Alias("actor.fsdp_config.strategy", "actor.fsdp_config.strategy", _strategy),
     Alias("actor.enable_drq", "algorithm.random_shift", _random_shift),
     Alias("algorithm.enable_drq", "algorithm.random_shift", _random_shift),
     Alias("rollout.model.model_path", "actor.model.model_path"),
@@ -102,7 +108,8 @@ ALIASES: tuple[Alias, ...] = (
     Alias("algorithm.replay_buffer.auto_save_path", "algorithm.replay_buffer.storage_dir"),
 )
 
-_ALL_REDUCE = "the learner's ranks share gradients by one all-reduce (docs/decisions/0015); remove the key"
+_PRECISION = "write actor.precision: fp32 or bf16"
+_ONE_WAY = "there is one way to share out a network (docs/cluster.md); remove the key"
 _WEIGHTS = (
     "weights reach every machine once, and asynchronous runs do not wait for them (docs/cluster.md); remove the key"
 )
@@ -132,8 +139,20 @@ RETIRED: Mapping[str, str] = {
     "rollout.generation_backend": "the policy itself acts; remove the key",
     "rollout.collect_transitions": "transitions are always recorded; remove the key",
     "rollout.collect_prev_infos": "what the algorithm needs is recorded; remove the key",
-    "actor.training_backend": _ALL_REDUCE,
-    "actor.fsdp_config": _ALL_REDUCE,
+    "actor.training_backend": "torch alone trains; write actor.fsdp_config.strategy: auto, ddp or fsdp2",
+    "actor.fsdp_config.sharding_strategy": "write actor.fsdp_config.strategy: ddp for no_shard, fsdp2 for the others",
+    "actor.fsdp_config.mixed_precision": _PRECISION,
+    "actor.fsdp_config.amp_autocast": _PRECISION,
+    "actor.fsdp_config.grad_scaler": "bfloat16 needs no scaling; remove the key",
+    "actor.fsdp_config.cpu_offload": "write actor.enable_offload, which empties the device while the learner rests",
+    "actor.fsdp_config.offload_pin_memory": _ONE_WAY,
+    "actor.fsdp_config.use_orig_params": _ONE_WAY,
+    "actor.fsdp_config.forward_prefetch": _ONE_WAY,
+    "actor.fsdp_config.backward_prefetch": _ONE_WAY,
+    "actor.fsdp_config.limit_all_gathers": _ONE_WAY,
+    "actor.fsdp_config.use_liger_kernel": "belongs to language models; remove the key",
+    "actor.fsdp_config.gradient_checkpointing": "no network here recomputes its layers; remove the key",
+    "actor.fsdp_config.save_full_model_weights": "model.safetensors is always whole; remove the key",
     "actor.sync_weight_no_wait": _WEIGHTS,
     "actor.*optim.adam_beta1": "write betas: [0.9, 0.999] in the same section",
     "actor.*optim.adam_beta2": "write betas: [0.9, 0.999] in the same section",

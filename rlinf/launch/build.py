@@ -6,14 +6,16 @@ The only place that knows both configurations and classes: everything below gets
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlinf.algorithms.augment import RandomShift
 from rlinf.algorithms.optimize import OptimizerSettings
+from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.algorithms.ppo import PPO
 from rlinf.algorithms.sac import SAC
 from rlinf.algorithms.temperature import Temperature
@@ -42,6 +44,11 @@ from rlinf.models.embodiment.state_critic import StateCritic
 from rlinf.models.modules.running_norm import RunningNorm
 
 Policy = FlowPolicy | MlpPolicy | CnnPolicy | MlpActorCritic
+
+SHARED_OUT_FROM = 500_000_000
+"""Trained parameters, of which several learners with `strategy: auto` keep a share each. So many take 8 GB: weights,
+gradients and Adam's moments in float32.
+"""
 
 # ---- environments
 
@@ -166,12 +173,36 @@ def build_algorithm(
     return build_sac(config, config.algorithm, networks, device, demos, ranks)
 
 
+def lay_out(config: Root, networks: Sequence[nn.Module], device: torch.device, ranks: Ranks) -> DataParallel:
+    """Bring fresh networks onto the device, whole or this rank's share of them, as actor.fsdp_config says."""
+    actor, fsdp = config.actor, config.actor.fsdp_config
+    trained = sum(p.numel() for network in networks for p in network.parameters() if p.requires_grad)
+    large = trained >= SHARED_OUT_FROM and not actor.compile_model
+    if ranks.size == 1 or fsdp.strategy == "ddp" or (fsdp.strategy == "auto" and not large):
+        for network in networks:
+            network.to(device)
+        return Replicated(ranks)
+    from rlinf.algorithms.fsdp import FullySharded  # draws in a second's worth of torch
+
+    shared = FullySharded(
+        ranks,
+        device,
+        unit_dtype=torch.bfloat16 if runs_in_bf16(config, device) else None,
+        reshard_after_forward=fsdp.reshard_after_forward,
+        reduce_last_only=fsdp.enable_gradient_accumulation,
+    )
+    for network in networks:
+        shared.shard(network)
+    return shared
+
+
 def build_ppo(
     config: Root, algorithm: PpoConfig, networks: Networks, device: torch.device, ranks: Ranks = ONE_RANK
 ) -> PPO:
     """Proximal policy optimisation on `device`."""
-    actor, network = config.actor, networks.actor.to(device)
+    actor, network = config.actor, networks.actor
     assert isinstance(network, MlpActorCritic)
+    data_parallel = lay_out(config, [network], device, ranks)
     updates = config.runner.total_steps * updates_per_step(config)
     return PPO(
         network,
@@ -201,6 +232,7 @@ def build_ppo(
         device=device,
         generator=torch_generator(learner_seed(config, "losses", ranks), "shuffles", torch.device("cpu")),
         ranks=ranks,
+        data_parallel=data_parallel,
     )
 
 
@@ -216,8 +248,9 @@ def build_sac(
     actor, policy, critic = config.actor, networks.actor, networks.critic
     entropy, replay_config = algorithm.entropy_tuning, algorithm.replay_buffer
     assert critic is not None and not isinstance(policy, MlpActorCritic)
-    for network in (policy, critic):
-        network.to(device)
+    target_critic = critic.make_target()
+    parts = [policy.head, policy.encoder] if isinstance(policy, CnnPolicy) else [policy]
+    data_parallel = lay_out(config, [*parts, critic, target_critic], device, ranks)
     storage = replay_config.storage_dir
     replay = ReplayBuffer(
         math.ceil(replay_config.capacity / ranks.size),
@@ -235,7 +268,7 @@ def build_sac(
     return SAC(
         policy.head if isinstance(policy, CnnPolicy) else policy,
         critic,
-        critic.make_target(),
+        target_critic,
         Temperature(entropy.alpha_type, entropy.initial_alpha).to(device),
         replay,
         sampler=sampler,
@@ -267,6 +300,7 @@ def build_sac(
         device=device,
         generator=torch_generator(learner_seed(config, "losses", ranks), "noise", device),
         ranks=ranks,
+        data_parallel=data_parallel,
     )
 
 

@@ -18,7 +18,7 @@ from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.envs.reach import ReachConfig
-from rlinf.launch.algorithm_config import AnyAlgorithm, OptimConfig, PpoConfig, SacConfig
+from rlinf.launch.algorithm_config import AnyAlgorithm, FsdpConfig, OptimConfig, PpoConfig, SacConfig
 from rlinf.launch.cluster_config import ClusterConfig, cluster_problems
 from rlinf.models.embodiment.cnn_policy import CnnPolicyConfig
 from rlinf.models.embodiment.flow_policy import FlowPolicyConfig
@@ -140,6 +140,7 @@ class ActorConfig(Config):
         description="What the learner's networks compute in. bf16 is autocast: weights, optimizers, averages and "
         "losses stay in float32. On a CPU without AMX or AVX512-BF16, which would lose by it, bf16 changes nothing.",
     )
+    fsdp_config: FsdpConfig = Field(default_factory=FsdpConfig, description="Several learner processes.")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the policy.")
     critic_optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the critics.")
     model: AnyModel = Field(description="Policy and critics; model_type chooses.")
@@ -221,6 +222,12 @@ def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
         yield (
             "actor.enable_offload",
             f"actor.enable_offload: the learner works while the environments play; write {key}=False or remove the key",
+        )
+    if root.actor.compile_model and root.actor.fsdp_config.strategy == "fsdp2":
+        yield (
+            "actor.compile_model",
+            "actor.compile_model: losses of networks that are shared out (actor.fsdp_config.strategy: fsdp2) are not "
+            "compiled; write False",
         )
     if root.rollout.enable_offload and root.runner.asynchronous:
         yield (

@@ -5,7 +5,8 @@ Nothing here knows how the processes were started. Each calls `join_ranks` once,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -52,9 +53,9 @@ class DistributedRanks:
         self._meet(dist.broadcast, tensor, 0)
         return tensor
 
-    def cat(self, rows: Tensor) -> Tensor:
+    def cat(self, rows: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
         """The rows [M, ...] of all ranks, in the order of ranks; their numbers may differ."""
-        numbers = self.gather(len(rows))
+        numbers = self.gather(len(rows)) if numbers is None else numbers
         padded = rows.new_zeros((max(numbers), *rows.shape[1:]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in numbers]
@@ -75,14 +76,27 @@ class DistributedRanks:
         """Whether it is true on every rank."""
         return not self.any(not flag)
 
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Raises WorkerDied for what gloo and NCCL raise in here, whoever calls them."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise self._alone(error) from error
+
     def _meet(self, collective: Callable[..., Any], *arguments: Any) -> None:
         try:
             collective(*arguments)
         except RuntimeError as error:
-            raise WorkerDied(
-                f"rank {self.rank} of {self.size} waited in vain for the other ranks of the learner: one of them has "
-                f"failed, see its own message, or did not answer within {self.timeout_s:g} s ({_first_line(error)})"
-            ) from error
+            raise self._alone(error) from error
+
+    def _alone(self, error: RuntimeError) -> WorkerDied:
+        return WorkerDied(
+            f"rank {self.rank} of {self.size} waited in vain for the other ranks of the learner: one of them has "
+            f"failed, see its own message, or did not answer within {self.timeout_s:g} s ({_first_line(error)})"
+        )
 
     def leave(self) -> None:
         """Close the connections. Does not wait for the others."""

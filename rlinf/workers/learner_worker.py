@@ -65,7 +65,7 @@ class LearnerWorker:
         self.ranks = ranks
         self.progress = Progress()
         self._staleness: list[int] = []
-        self._offload = Offload(algorithm.state_dict, offload_from) if offload_from is not None else None
+        self._offload = Offload(algorithm.held, offload_from) if offload_from is not None else None
         torch.set_num_threads(num_threads)
 
     def ingest(self) -> Progress:
@@ -106,7 +106,9 @@ class LearnerWorker:
             for _ in range(epochs):
                 if self.ranks.any(self.stop.is_set()):
                     break
-                if not (latest := self.algorithm.update()):
+                with self.ranks.meeting():
+                    latest = self.algorithm.update()
+                if not latest:
                     break
                 self.progress = Progress(self.progress.env_steps, self.progress.updates + 1)
                 metrics.add(latest)
@@ -168,8 +170,9 @@ class LearnerWorker:
         state = self.algorithm.state_dict()
         if bad := self._non_finite(state):
             raise CheckpointError(f"nothing was saved, because '{bad}' of the learner is not finite")
+        acting = self.algorithm.acting_weights()
         if self.ranks.rank == 0:
-            save_weights(directory / POLICY_FILE, *self.algorithm.acting_weights())
+            save_weights(directory / POLICY_FILE, *acting)
             content = {"algorithm": state, "progress": asdict(self.progress), "ranks": self.ranks.size}
             save_state(directory / LEARNER_FILE, content)
         for name, buffer in self.algorithm.buffers().items():
@@ -184,7 +187,8 @@ class LearnerWorker:
         Raises CheckpointError naming what is missing or does not fit.
         """
         self._needed()
-        state = load_state(directory / LEARNER_FILE)
+        # Ranks on one machine then share its memory, and each reads only what it keeps.
+        state = load_state(directory / LEARNER_FILE, mapped=self.ranks.size > 1)
         if not {"algorithm", "progress"} <= state.keys():
             raise CheckpointError(f"{directory / LEARNER_FILE} is not a learner's state; choose another checkpoint")
         self.algorithm.load_state_dict(state["algorithm"])

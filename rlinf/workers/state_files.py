@@ -28,10 +28,13 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} could not be written: {_first_line(error)}") from error
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote, tensors on the CPU. Raises CheckpointError when missing or not readable."""
+def load_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """What `save_state` wrote, tensors on the CPU. Raises CheckpointError when missing or not readable.
+
+    With `mapped` the file is read where tensors are used; who keeps one has to copy it.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; choose another checkpoint") from error
     # The unpickler raises whatever a damaged byte stream leads to; all of it means the same here.

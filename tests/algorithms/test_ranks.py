@@ -1,6 +1,5 @@
 """Two ranks with half of a batch each end where one rank with the whole batch does."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -8,94 +7,10 @@ import torch
 from torch import nn
 
 from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_generator
-from rlinf.algorithms.ppo import PPO
-from rlinf.algorithms.sac import SAC
-from rlinf.algorithms.temperature import Temperature
 from rlinf.core.errors import ConfigError
 from rlinf.core.ranks import ONE_RANK
-from rlinf.core.types import Trajectory, Transition
-from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic
-from rlinf.models.modules.running_norm import RunningNorm
+from tests.algorithms.learners import ENVS, STEPS, learn, make_ppo, make_sac, played, run_ppo, run_sac, segments
 from tests.ranks import run_ranks
-
-STATE, ACTION, STEPS, ENVS = 3, 2, 6, 4
-
-# SAC in double precision, so that what differs is not rounding ----------------------------------------
-
-
-class LinearActor(nn.Module):
-    def __init__(self, norm):
-        super().__init__()
-        self.norm, self.net, self.noise_shape = norm, nn.Linear(STATE, 1), (1,)
-
-    def sample(self, obs, noise):
-        mean = self.net(self.norm(obs["state"]).double())
-        return torch.tanh(mean + noise), -0.5 * noise.square().sum(-1) - mean.square().sum(-1)
-
-
-class LinearCritic(nn.Module):
-    def __init__(self, num_heads=4):
-        super().__init__()
-        self.q, self.num_heads = nn.Linear(STATE + 1, num_heads), num_heads
-
-    def forward(self, obs, decision):
-        return self.q(torch.cat([obs["state"], decision], -1)).T
-
-
-class DealtReplay:
-    """Batch after batch of a fixed sequence; each rank gets its rows of it."""
-
-    def __init__(self, ranks):
-        self.ranks, self.cursor, self.added = ranks, 0, 0
-        self.draw = torch.Generator().manual_seed(0)
-
-    def __len__(self):
-        return self.added
-
-    def add(self, trajectory, reward, discount):
-        self.added += trajectory.valid.numel()
-
-    def sample(self, n):
-        rows = [torch.randn(n * self.ranks.size, d, generator=self.draw).double() for d in (STATE, 1, STATE)]
-        obs, decision, next_obs = (x[self.ranks.rank :: self.ranks.size] for x in rows)
-        return Transition({"state": obs}, decision, obs.sum(-1), torch.full((n,), 0.9).double(), {"state": next_obs})
-
-
-def make_sac(ranks):
-    torch.manual_seed(0)
-    norm = RunningNorm(STATE)
-    actor, critic = LinearActor(norm).double(), LinearCritic().double()
-    optim = OptimizerSettings(lr=0.01, clip_grad=0.5)
-    learner = SAC(
-        actor, critic, copy.deepcopy(critic).requires_grad_(False), Temperature("softplus", 0.2).double(),
-        DealtReplay(ranks), normalizer=norm, target_entropy=-1.0, batch_size=16, micro_batch_size=4, tau=0.1,
-        min_buffer_size=60, critic_actor_ratio=2, critic_subsample_size=2, actor_optim=optim, critic_optim=optim,
-        alpha_optim=optim, generator=torch.Generator().manual_seed(ranks.rank), ranks=ranks,
-    )  # fmt: skip
-    learner._draw_noise = lambda batch: batch.decision  # noise that belongs to the row
-    return learner
-
-
-def segments():
-    return [played(seed=seed) for seed in range(4)]
-
-
-def run_sac(ranks, shares):
-    """`shares` are the segments that this rank observes: at first, and later."""
-    learner = make_sac(ranks)
-    ready = []
-    for share in shares:
-        for number in share:
-            learner.observe(segments()[number])
-        ready.append(learner.ready())
-    metrics = [learner.update() for _ in range(6)]
-    networks = ("actor", "critic", "target_critic", "temperature")
-    return {
-        "ready": ready,
-        "metrics": metrics,
-        "weights": {name: copy.deepcopy(getattr(learner, name).state_dict()) for name in networks},
-        "generators": learner.state_dict()["generators"],
-    }
 
 
 def run_saved_sac(ranks):
@@ -104,65 +19,6 @@ def run_saved_sac(ranks):
     learner.observe(segments()[ranks.rank])
     learner.state_dict()
     return learner.normalizer.count.item()
-
-
-# PPO --------------------------------------------------------------------------------------------------
-
-
-def network(norm=None):
-    torch.manual_seed(0)
-    return MlpActorCritic(STATE, ACTION, (16,), (16,), normalizer=norm, num_action_chunks=1)
-
-
-def played(seed=0, envs=slice(None), valid=None):
-    """What the first network played; `envs` of its four environments."""
-    draw = torch.Generator().manual_seed(seed)
-    net, obs = network(), torch.randn(STEPS + 1, ENVS, STATE, generator=draw)
-    outs = [net.act({"state": obs[t]}, "train", torch.randn(ENVS, ACTION, generator=draw)) for t in range(STEPS)]
-    truncated = torch.zeros(STEPS, ENVS, dtype=torch.bool)
-    truncated[2, 1] = truncated[4, 3] = True
-    terminated = torch.zeros(STEPS, ENVS, 1, dtype=torch.bool)
-    terminated[3, 0] = True
-    last = torch.randn(STEPS, ENVS, STATE, generator=draw)[:, envs]
-    index = (terminated.any(-1) | truncated)[:, envs].nonzero()
-    reward = torch.randn(STEPS, ENVS, 1, generator=draw)[:, envs]
-    return Trajectory(
-        obs={"state": obs[:, envs]}, last_obs={"state": last[index[:, 0], index[:, 1]]}, last_index=index,
-        decision=torch.stack([out.decision for out in outs])[:, envs],
-        action=torch.stack([out.action for out in outs])[:, envs],
-        reward=reward, terminated=terminated[:, envs], truncated=truncated[:, envs],
-        intervened=torch.zeros_like(terminated[:, envs]),
-        valid=torch.ones(reward.shape[:2], dtype=torch.bool) if valid is None else valid,
-        log_prob=torch.stack([out.log_prob for out in outs])[:, envs],
-        value=torch.stack([out.value for out in outs])[:, envs],
-    )  # fmt: skip
-
-
-def make_ppo(ranks, **settings):
-    norm = RunningNorm(STATE)
-    options = {"update_epoch": 3, "batch_size": STEPS * ENVS, "gamma": 0.9, "weighting": "seq-mean-token-mean"}
-    optim = OptimizerSettings(lr=0.01, clip_grad=0.05, eps=1e-5)
-    generator = torch.Generator().manual_seed(ranks.rank)
-    options |= {"policy_optim": optim, "value_optim": optim, "generator": generator} | settings
-    return PPO(network(norm), normalizer=norm, ranks=ranks, **options)
-
-
-def learn(ppo):
-    metrics = []
-    while latest := ppo.update():
-        metrics.append({tag: float(value) for tag, value in latest.items()})
-    return {"metrics": metrics, "weights": copy.deepcopy(ppo.network.state_dict())}
-
-
-def run_ppo(ranks):
-    ppo = make_ppo(ranks)
-    per_rank = ENVS // ranks.size
-    results = []
-    for seed in (0, 1):
-        ppo.observe(played(seed, slice(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)))
-        assert ppo.ready()
-        results.append(learn(ppo))
-    return results
 
 
 def run_uneven_ppo(ranks):
@@ -186,9 +42,6 @@ def run_half_ready_ppo(ranks):
     if ranks.rank == 0:
         ppo.observe(played())
     return ppo.ready()
-
-
-# Both -------------------------------------------------------------------------------------------------
 
 
 def run_collectives(ranks):

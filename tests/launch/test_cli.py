@@ -150,6 +150,11 @@ def printed(capsys, *arguments):
     return [" ".join(line.strip("│ ").split()) for line in lines]
 
 
+def test_placement_tells_that_weights_are_shared_out(capsys):
+    lines = printed(capsys, "--gpus-per-node", "8", *HYBRID, "actor.fsdp_config.strategy=fsdp2")
+    assert "Weights, gradients and moments: shared out over actor 0-15, each update." in lines
+
+
 @pytest.mark.parametrize("arguments", [["--gpus-per-node", "8", *HYBRID], [*HYBRID, "--gpus-per-node", "8"]])
 def test_placement_tells_who_sits_where_and_talks_to_whom(capsys, arguments):
     lines = printed(capsys, *arguments)

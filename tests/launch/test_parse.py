@@ -335,9 +335,9 @@ def test_a_key_of_another_model_is_named_as_such(folder: Path) -> None:
             "global step",
         ),
         (
-            "actor.fsdp_config.strategy=fsdp",
-            "actor.fsdp_config: not used here; the learner's ranks share gradients by one all-reduce "
-            "(docs/decisions/0015); remove the key",
+            "actor.fsdp_config.sharding_strategy=no_shard",
+            "actor.fsdp_config.sharding_strategy: not used here; write actor.fsdp_config.strategy: ddp for no_shard, "
+            "fsdp2 for the others",
         ),
         ("actor.model=null", "actor.model = None: should be a section with keys of its own"),
         ("algorithm.demo_buffer={}", "algorithm.demo_buffer.load_path: this key is required and has no value"),

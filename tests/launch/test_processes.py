@@ -165,7 +165,13 @@ def test_two_learners_and_two_env_processes_learn_and_resume(tmp_path, ray_machi
     ]  # fmt: skip
     assert train(load_config("reach_sac_mlp", overrides, CONFIG_DIR)) == 0
     run = tmp_path / "first" / "reach_sac_mlp"
-    again = [*overrides, f"runner.logger.log_path={tmp_path / 'second'}", f"runner.resume_dir={run}"]
+    # A checkpoint does not know whether weights were shared out.
+    again = [
+        *overrides,
+        "actor.fsdp_config.strategy=fsdp2",
+        f"runner.logger.log_path={tmp_path / 'second'}",
+        f"runner.resume_dir={run}",
+    ]
     assert train(load_config("reach_sac_mlp", [*again, "runner.max_epochs=3"], CONFIG_DIR)) == 0
     [last] = (tmp_path / "second" / "reach_sac_mlp" / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(last)

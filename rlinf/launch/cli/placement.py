@@ -212,7 +212,9 @@ class Drawing:
         often = "each global step" if interval == 1 else f"every {interval} global steps"
         yield Text(f"Weights: actor 0 to rollout {_ranks(range(self.plan.world_size('rollout')))}, {often}.")
         if (learners := self.plan.world_size("actor")) > 1:
-            yield Text(f"Gradients: averaged over actor {_ranks(range(learners))}, each update.")
+            dealt = config.actor.fsdp_config.strategy == "fsdp2"
+            what = "Weights, gradients and moments: shared out" if dealt else "Gradients: averaged"
+            yield Text(f"{what} over actor {_ranks(range(learners))}, each update.")
         if resolve_backend(cluster, self.plan) == "local":
             yield Text("Backend: local, threads of one process.")
             return
