@@ -12,6 +12,7 @@ import ctypes.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 EGL_CUDA_DEVICE_NV = 0x323A
 MOST_DEVICES = 64
@@ -60,7 +61,7 @@ def cuda_numbers() -> list[int | None]:
     egl.eglGetProcAddress.restype, egl.eglGetProcAddress.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
     pointer, boolean, integer = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
 
-    def function(name: str, *arguments: type) -> ctypes._CFuncPtr:
+    def function(name: str, *arguments: type) -> Callable[..., int]:
         if not (address := egl.eglGetProcAddress(name.encode())):
             raise OSError(f"EGL has no {name}")
         return ctypes.CFUNCTYPE(boolean, *arguments)(address)
