@@ -6,7 +6,7 @@
 
 mlp    Gaussian policy, two critics, batch 256, on networks 3x256 and 2x256 with relu. Both learners have the same
        networks, batch, threads and replay contents, and update critic, actor and temperature every time.
-       stable_baselines3 is its own `SAC.train()`. "recipe's norms" adds what the recipe has besides: layer norms
+       sb3 is its own `SAC.train()`. "recipe's norms" adds what the recipe has besides: layer norms
        in the critics and running normalisation of the state.
 flow   Flow-T policy and batch of the published recipe (batch 512, D = 96, two layers, K = 4, critics 3x256 with
        layer norm and tanh, an actor update in every third), with 2 and 10 critics. The peer is `full_form.py`: the
@@ -243,13 +243,13 @@ def report_mlp(layers: int, batch_size: int, stored: int, rounds: int, budget_s:
 
     rows: list[Row] = []
     for source, run in zip(SOURCES, both_ways(ours, "sampler", batch_size, several(ours, 5), 5), strict=True):
-        rows.append(Row(f"rlinf{source}", run, ours, peer=f"stable_baselines3{source}"))
+        rows.append(Row(f"rlinf{source}", run, ours, peer=f"sb3{source}"))
     normed_run = repeat(several(ours_normed, 5), 5)
-    rows.append(Row("rlinf, recipe's norms", normed_run, ours_normed, peer="stable_baselines3"))
+    rows.append(Row("rlinf, recipe's norms", normed_run, ours_normed, peer="sb3"))
     theirs = sb3_learner(widths, played)
     if theirs is not None:
         train = both_ways(theirs, "replay_buffer", batch_size, lambda: theirs.train(5, batch_size), 5)
-        rows += [Row(f"stable_baselines3{source}", run) for source, run in zip(SOURCES, train, strict=True)]
+        rows += [Row(f"sb3{source}", run) for source, run in zip(SOURCES, train, strict=True)]
     title = f"mlp: actor and 2 critics {layers}x256, batch {batch_size}, {stored:,} transitions"
     measure(title, rows, gflop, rounds, budget_s)
 
@@ -323,10 +323,10 @@ def report_ppo(batch_size: int, stored: int, rounds: int, budget_s: float) -> No
     segment = acted(network, experience(steps))
     ours.observe(segment)
     gflop = gflop_per_update(ours, 1)
-    rows = [Row("rlinf", repeat(several(ours, 10), 10), ours, peer="stable_baselines3")]
+    rows = [Row("rlinf", repeat(several(ours, 10), 10), ours, peer="sb3")]
     theirs = sb3_ppo(widths, segment, batch_size)
     if theirs is not None:
-        rows.append(Row("stable_baselines3", repeat(theirs.train, steps * ENVS / batch_size)))
+        rows.append(Row("sb3", repeat(theirs.train, steps * ENVS / batch_size)))
     title = f"ppo: policy and value 3x256, minibatches of {batch_size} out of {steps * ENVS:,}"
     measure(title, rows, gflop, rounds, budget_s)
 

@@ -371,7 +371,7 @@ def test_updates_prints_both_tables():
     assert "mlp: actor and 2 critics 3x256" in out
     assert "flow: d_model 96, 2 critics 3x256" in out
     assert "limit: matrix products, bf16" in out
-    assert ("stable_baselines3, fp32" in out) == HAS_PEER
+    assert ("sb3, torch's fp32" in out) == HAS_PEER
     assert ("(stable_baselines3 skipped" in out) != HAS_PEER
 
 

@@ -180,6 +180,10 @@ def test_two_learners_and_two_env_processes_learn_and_resume(tmp_path, ray_machi
     assert metrics["train/replay_buffer/size"] == metrics["time/env_steps"] == 3 * 160
 
 
+# Who notices first, the call that waits for it or the runner that looks around, gives it its own name.
+GONE = r"^(\w+\[1\]|the learner) is gone: the process 'actor 1' \(process \d+ on .*\) ended$"
+
+
 def test_a_killed_rank_of_the_learner_ends_the_run_and_the_command_that_is_named_goes_on(
     tmp_path, ray_machine, capfd, monkeypatch
 ):
@@ -200,7 +204,7 @@ def test_a_killed_rank_of_the_learner_ends_the_run_and_the_command_that_is_named
 
     monkeypatch.setattr(run, "build_crew", build_and_kill)
     began = time.monotonic()
-    with pytest.raises(ProcessDied, match=r"^learner\[1\] is gone: the process 'actor 1' \(process \d+ on .*\) ended$"):
+    with pytest.raises(ProcessDied, match=GONE):
         train(load_config("reach_sac_mlp", overrides, CONFIG_DIR))
     assert time.monotonic() - began < 100
     told = capfd.readouterr().err

@@ -249,7 +249,7 @@ def test_recomputed_layers_give_the_same_gradient(models, kind):
 @KINDS
 def test_shard_units_are_all_layers_each_called_once(models, kind):
     model, config = models[kind], CONFIGS[kind]
-    units = model.shard_units
+    units = model.shard_units()
     assert len(units) == config.vision.depth + 2 * config.vlm.depth
     calls = []
     hooks = [unit.register_forward_hook(lambda module, *_: calls.append(id(module))) for unit in units]

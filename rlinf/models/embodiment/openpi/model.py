@@ -107,7 +107,6 @@ class Pi0(nn.Module):
 
     # ---- what trains and shards it
 
-    @property
     def shard_units(self) -> list[nn.Module]:
         """The transformer layers, each called once per pass: units for sharding parameters over devices (FSDP).
 
