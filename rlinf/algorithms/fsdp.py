@@ -137,8 +137,14 @@ class FullySharded:
 
     def copy_of(self, network: Network) -> dict[str, Tensor]:
         """All weights and statistics on the CPU of rank 0; nothing on the others."""
-        state = {name: value.cpu().clone() for name, value in self.state_of(network).items()}
-        return state if self.ranks.rank == 0 else {}
+        state, own = self.state_of(network), network.state_dict()
+        if self.ranks.rank != 0:
+            return {}
+        # What was gathered is a copy already.
+        return {
+            name: value if isinstance(own[name], DTensor) else value.detach().to("cpu", copy=True)
+            for name, value in state.items()
+        }
 
     def state_of(self, part: Part) -> dict[str, Any]:
         """The state of a part. What is sharded is whole on rank 0 and left out on the others."""

@@ -1,7 +1,8 @@
 """The ranks of a learner: one, or several processes that learn together, each from its own part of the experience.
 
-All ranks hold the same weights and make the same updates at the same time. Whoever computes something that has to be
-that of all experience calls a `Ranks`; with `ONE_RANK`, the default everywhere, that costs nothing and changes nothing.
+All ranks learn the same weights, of which each has all or its share, and make the same updates at the same time.
+Whoever computes something that has to be that of all experience calls a `Ranks`; with `ONE_RANK`, the default
+everywhere, that costs nothing and changes nothing.
 """
 
 from __future__ import annotations

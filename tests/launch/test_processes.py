@@ -207,7 +207,7 @@ def test_a_killed_rank_of_the_learner_ends_the_run_and_the_command_that_is_named
     with pytest.raises(ProcessDied, match=GONE):
         train(load_config("reach_sac_mlp", overrides, CONFIG_DIR))
     assert time.monotonic() - began < 100
-    told = capfd.readouterr().err
+    told = capfd.readouterr().out
     [resume] = re.findall(r"the run failed in step \d+ .*\. Go on with: (runner\.resume_dir=\S+)", told)
     [failed_in] = map(int, re.findall(r"the run failed in step (\d+)", told))
     kept = verify(find(run_dir))
