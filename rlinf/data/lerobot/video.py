@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
@@ -17,6 +18,7 @@ import numpy as np
 from rlinf.core.errors import DataError
 from rlinf.data.lerobot.layout import RESTORE
 from rlinf.data.lerobot.packages import require
+from rlinf.data.lerobot.priority import kept_priority
 
 av = require("av")
 reformatter = require("av.video.reformatter")
@@ -82,7 +84,10 @@ class VideoEncoder:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = self._reformat.reformat(frame, stream.width, stream.height, PIXEL_FORMAT)
             frame.pts, frame.time_base = self.num_frames, self._time_base
-            self._container.mux(stream.encode(frame))
+            # The first frame opens the encoder, and that may make this thread a real-time one.
+            with contextlib.nullcontext() if self.num_frames else kept_priority():
+                packets = stream.encode(frame)
+            self._container.mux(packets)
             self.num_frames += 1
 
     def finish(self) -> memoryview:
