@@ -126,6 +126,7 @@ def test_machines_without_a_cluster_are_one_line_and_leave_nothing_behind(tmp_pa
     script = CONFIG_DIR.parent / "train.py"
     words = ["--config-name", "reach_sac_mlp", "cluster.num_nodes=2", f"runner.logger.log_path={tmp_path / 'logs'}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["RAY_TMPDIR"] = str(tmp_path)  # where Ray notes which cluster is this machine's: other tests start some
     done = subprocess.run(
         [sys.executable, str(script), *words], capture_output=True, text=True, timeout=100, env=environment
     )
