@@ -110,8 +110,8 @@ class Pi0(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         """The transformer layers, each called once per pass: units for sharding parameters over devices (FSDP).
 
-        The root's forward methods are `loss`, `encode`, `features`, `velocity`, `sample_actions` and `denoise`; the
-        last two also call `modulation` of the expert's layers for π0.5. In mixed precision set
+        The root's forward methods are `loss`, `encode`, `features`, `project`, `velocity`, `sample_actions` and
+        `denoise`; the last two also call `modulation` of the expert's layers for π0.5. In mixed precision set
         `cast_forward_inputs=False`: layers cast what they take, and a time cut to bfloat16 would have no phase left.
         """
         return [*self.vision.layers, *self.vlm.layers, *self.expert.layers]
@@ -163,7 +163,7 @@ class Pi0(nn.Module):
 
     def velocity(self, prefix: Prefix, x: Tensor, time: Tensor) -> Tensor:
         """v(x, t), float32 [B, H, A]; arguments as of `features`."""
-        return self._project(self.features(prefix, x, time))
+        return self.project(self.features(prefix, x, time))
 
     def loss(self, inputs: Pi0Inputs, actions: Tensor, *, noise: Tensor, time: Tensor) -> Tensor:
         """|v(x_t, t) − u|² of every element, float32 [B, H, A]. Its mean is the flow-matching loss.
@@ -206,7 +206,7 @@ class Pi0(nn.Module):
         x = noise.float()
         for k in range(num_steps):
             row = None if modulations is None else modulations.row(k)
-            x = x - self._project(self._features(prefix, bias, x, times[k : k + 1], row)) / num_steps
+            x = x - self.project(self._features(prefix, bias, x, times[k : k + 1], row)) / num_steps
         return x
 
     def _features(
@@ -242,7 +242,8 @@ class Pi0(nn.Module):
     def _time_embedding(self, time: Tensor) -> Tensor:
         return time_embedding(time, self.config.expert.width)
 
-    def _project(self, features: Tensor) -> Tensor:
+    def project(self, features: Tensor) -> Tensor:
+        """`features` → velocities float32 [B, H, A]."""
         with in_float32(features):
             return linear_in_its_type(self.action_out_proj, features).float()
 
