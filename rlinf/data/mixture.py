@@ -46,7 +46,8 @@ class MixedBatches:
         if batch_size < 1 or batch_size % num_ranks:
             raise DataError(f"a batch of {batch_size} cannot be shared evenly by {num_ranks} ranks")
         self.shares = wanted / wanted.sum()
-        if self.shares.max() * batch_size < len(wanted) - 1:  # others could then take more than there is
+        most = np.ceil(self.shares * batch_size - 1e-9)  # that each may get of one batch
+        if most.sum() - most.max() > batch_size:
             raise DataError(f"a batch of {batch_size} is too small for {len(wanted)} data sets")
         self.batch_size, self.rank, self.num_ranks = batch_size, rank, num_ranks
         self._orders = [

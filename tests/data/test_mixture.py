@@ -57,7 +57,7 @@ def test_mistakes_are_named():
         MixedBatches([3, 4], [1.0], 8, seed=0)
     with pytest.raises(DataError, match="cannot be shared evenly by 3 ranks"):
         MixedBatches([3], None, 8, seed=0, num_ranks=3)
-    with pytest.raises(DataError, match="a batch of 3 is too small for 5 data sets"):
-        MixedBatches([9] * 5, None, 3, seed=0)
+    with pytest.raises(DataError, match="a batch of 3 is too small for 6 data sets"):
+        MixedBatches([9] * 6, None, 3, seed=0)
     with pytest.raises(DataError, match="no frames"):
         MixedBatches([3, 0], [1, 1], 8, seed=0)
