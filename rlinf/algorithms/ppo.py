@@ -6,6 +6,8 @@ are fed with: one collection of experience, that is gone through `update_epoch` 
 Differs from [1]: the value loss is Huber's, taken as the larger one of the clipped and the unclipped error; policy and
 value function have an optimizer each, so their gradient norms and learning rates are their own.
 
+With demonstrations beside it, it is RL-Co; see `co_training`.
+
 Over several ranks each has the trajectories of its own environments. What is normalised or reported over a collection
 is that of all of them, and so is every step.
 
@@ -17,7 +19,7 @@ is that of all of them, and so is every step.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from rlinf.algorithms.co_training import Demonstrations, loss_ratio
 from rlinf.algorithms.optimize import OptimizerSettings, accumulate, load_generator, load_parts
 from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.core import tree
@@ -176,6 +179,9 @@ class PPO:
         entropy_bonus: weight of the policy's entropy.
         critic_warmup_steps: optimizer steps in which only the value function learns.
         target_kl: leave the rest of a collection once `approx_kl` of a minibatch is larger; None for never.
+        recompute_log_prob: compare with the density that this learner computes before the first step, rather than the
+            one that was recorded when acting, whose rounding differs where networks are large or not in float32.
+        demonstrations: a further loss of the policy, in the same backward pass; None for none.
         generator: of the shuffles, on the CPU; a stream of its own on every rank.
         ranks: who learns together. They need equal networks to begin with.
         data_parallel: how the weights of `network` lie on `ranks`; None for whole on each.
@@ -205,6 +211,8 @@ class PPO:
         weighting: Weighting = "token-mean",
         critic_warmup_steps: int = 0,
         target_kl: float | None = None,
+        recompute_log_prob: bool = False,
+        demonstrations: Demonstrations | None = None,
         policy_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
         value_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
         autocast: bool = False,
@@ -225,6 +233,7 @@ class PPO:
         self.value_clip, self.huber_delta, self.entropy_bonus = value_clip, huber_delta, entropy_bonus
         self.logprob_level, self.entropy_level, self.weighting = logprob_level, entropy_level, weighting
         self.critic_warmup_steps, self.target_kl = critic_warmup_steps, target_kl
+        self.recompute_log_prob, self.demonstrations = recompute_log_prob, demonstrations
         self.autocast, self.device = autocast, torch.device(device)
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
         self.losses = torch.compile(self._losses, dynamic=False) if compile else self._losses
@@ -313,7 +322,21 @@ class PPO:
             returns=returns,
             weight=weight / self.ranks.cat(weight).mean(),
         )
-        return samples, metrics
+        return self._recomputed(samples) if self.recompute_log_prob else samples, metrics
+
+    def _recomputed(self, samples: Samples) -> Samples:
+        """The same with the densities of the weights at hand."""
+        size = self.micro_batch_size
+        passes = -(-len(samples) // size)
+        missing = self.data_parallel.missing_passes(passes)
+        log_probs = []
+        for i in range(passes):
+            part = samples.take(slice(i * size, (i + 1) * size))
+            with self._precision():
+                log_prob, _, _ = self.network.evaluate(part.obs, part.decision)
+            log_probs.append(reduce_to(self.logprob_level, log_prob.float()))
+        self._pass_along(missing)
+        return replace(samples, log_prob=torch.cat(log_probs))
 
     def _pass_along(self, passes: int) -> None:
         """Forward passes for the sake of other ranks, who need this one's share of the weights."""
@@ -351,12 +374,20 @@ class PPO:
             weight = (1 / valid.sum(0).clamp(min=1)).expand_as(weight)
         rows = valid.flatten().nonzero().flatten()
 
+        kept = rows.tolist()
+
         def flat(x: Tensor) -> Tensor:
             return x.to(device).flatten(0, 1)[rows]
 
+        def flat_leaf(leaf: Tensor | list[list[str]]) -> Tensor | list[str]:
+            if isinstance(leaf, Tensor):
+                return flat(leaf)
+            texts = [text for row in leaf for text in row]
+            return [texts[i] for i in kept]
+
         now = tree.index(obs, slice(0, -1))
         samples = Samples(
-            obs=tree.tree_map(flat, now),
+            obs=tree.tree_map(flat_leaf, now),
             decision=flat(segment.decision),
             log_prob=reduce_to(self.logprob_level, flat(segment.log_prob)),
             value=flat(value),
@@ -375,11 +406,27 @@ class PPO:
         for stepper in steppers.values():
             stepper.begin()
         shares = [len(part) / len(batch) for part in parts]
-        metrics = accumulate(lambda part: self.losses(part, "actor" in steppers), parts, [*steppers.values()], shares)
+        metrics = accumulate(
+            lambda part: self._total_loss(part, "actor" in steppers), parts, [*steppers.values()], shares
+        )
+        if self.demonstrations is not None and "actor" in steppers:
+            rl, sft = (torch.as_tensor(metrics[name]) for name in ("ppo_loss", "sft_loss"))
+            metrics["loss_ratio"] = loss_ratio(rl, sft, self.demonstrations.weight)
         for name, stepper in steppers.items():
             metrics[f"{name}/lr"] = stepper.lr
             metrics[f"{name}/grad_norm"] = stepper.apply()
         return metrics
+
+    def _total_loss(self, batch: Samples, policy_too: bool) -> tuple[Tensor, Metrics]:
+        """L_RL, or L_RL + β L_SFT where there are demonstrations and the policy learns."""
+        loss, stats = self.losses(batch, policy_too)
+        if self.demonstrations is None or not policy_too:
+            return loss, stats
+        with self._precision():
+            sft = self.demonstrations.loss().float()
+        total = loss + self.demonstrations.weight * sft
+        parts = {"ppo_loss": loss.detach(), "sft_loss": sft.detach(), "actor/total_loss": total.detach()}
+        return total, stats | parts
 
     def _losses(self, batch: Samples, policy_too: bool) -> tuple[Tensor, Metrics]:
         with self._precision():
@@ -428,6 +475,8 @@ class PPO:
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizers, the generators of all ranks, update counter; not the collection at hand. Collective."""
         state: dict[str, Any] = {name: self.data_parallel.state_of(part) for name, part in self._parts().items()}
+        if self.demonstrations is not None:
+            state["demonstrations"] = self.demonstrations.state_dict(self.ranks)
         return state | {"updates": self.updates, "generators": self.ranks.gather(self.generator.get_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -435,6 +484,8 @@ class PPO:
         load_parts(self._parts(), state, self.data_parallel.load)
         self.updates = state["updates"]
         load_generator(self.generator, state, self.ranks)
+        if self.demonstrations is not None and "demonstrations" in state:
+            self.demonstrations.load_state_dict(state["demonstrations"], self.ranks)
         self._forget()
 
     def held(self) -> dict[str, Any]:

@@ -16,6 +16,12 @@ from rlinf.runners.schedule import Schedule
 from rlinf.runtime.local import Handle
 from rlinf.workers.learner_worker import Progress
 
+UNPREFIXED = ("rollout/", "actor/total_loss")
+"""Beginnings of the learner's metrics that are reported without `train/`."""
+
+LARGEST_LOSS_RATIO = 1e5
+"""Of β |L_SFT| / |L_RL|, beyond which there is a warning."""
+
 
 class Stepper(Protocol):
     """One way to make a global step."""
@@ -104,9 +110,14 @@ class Run:
         if self.crew.stop.is_set():
             return
         env = {f"env/{name}": value for name, value in (episodes or {}).items()}
-        train = {name if name.startswith("rollout/") else f"train/{name}": x for name, x in (learned or {}).items()}
+        train = {name if name.startswith(UNPREFIXED) else f"train/{name}": x for name, x in (learned or {}).items()}
         times = {f"time/{name}": value for name, value in ((rates | self.times) if rates else {}).items()}
         self.reporter.log(step, env | evaluation | train | times)
+        ratio = train.get("train/loss_ratio", 0.0)
+        if ratio > LARGEST_LOSS_RATIO:
+            self.reporter.note(
+                f"train/loss_ratio is {ratio:.3g}: demonstrations outweigh the reward; lower actor.sft_loss_weight"
+            )
 
     def stop(self, step: int) -> None:
         """End in the middle of `step`, with nothing in flight: keep what was played and learned."""
