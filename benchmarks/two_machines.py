@@ -33,7 +33,7 @@ START_DEADLINE_S = 20.0
 RUN_DEADLINE_S = 300.0
 CUT_DEADLINE_S = 60.0
 """Within which a run names the machine that it has lost."""
-ORPHANS_DEADLINE_S = 120.0
+ORPHANS_DEADLINE_S = 300.0
 
 
 class Machine:
@@ -42,7 +42,7 @@ class Machine:
     def __init__(self, name: str, ip: str, folder: Path) -> None:
         self.name, self.ip, self.home, self.folder = name, ip, folder / name, folder
         self.home.mkdir()
-        boot = f"hostname {name}; mount -t tmpfs none /tmp; mount -t tmpfs none /dev/shm; exec sleep infinity"
+        boot = f"hostname {name}; mount -t tmpfs none /tmp; mount -t tmpfs none /dev/shm; sleep infinity & wait"
         spaces = ["--net", "--pid", "--uts", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc"]
         self._shell = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "bash", "-c", boot])
         try:

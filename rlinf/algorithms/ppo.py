@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from rlinf.algorithms.co_training import Demonstrations, loss_ratio
 from rlinf.algorithms.optimize import OptimizerSettings, accumulate, load_generator, load_parts
 from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.core import tree
-from rlinf.core.protocols import ActorCriticNetwork, Buffer
+from rlinf.core.protocols import ActorCriticNetwork, Buffer, RunningStatistics
 from rlinf.core.ranks import ONE_RANK, Ranks, share_of
 from rlinf.core.types import Metrics, Obs, Trajectory
 from rlinf.functional.gae import gae
@@ -147,14 +147,6 @@ class Samples:
             self.returns[rows],
             self.weight[rows],
         )
-
-
-class RunningStatistics(Protocol):
-    """Statistics of the observations that the networks normalise by."""
-
-    def update(self, state: Tensor, ranks: Ranks = ONE_RANK) -> None:
-        """Take in the states [B, S] of all ranks."""
-        ...
 
 
 class PPO:

@@ -35,7 +35,7 @@ from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_generator
 from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core import tree
-from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork, Network
+from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork, Network, RunningStatistics
 from rlinf.core.ranks import ONE_RANK, Ranks, share_of
 from rlinf.core.types import Metrics, Obs, Trajectory, Transition
 from rlinf.functional.returns import Bootstrap, fold_chunk
@@ -172,14 +172,6 @@ class Encoder(Protocol):
 
 Augment = Callable[[Obs, torch.Generator], Obs]
 """Raw observations, changed at random in a way that leaves their values as they are."""
-
-
-class RunningStatistics(Protocol):
-    """Statistics of the observations that the networks normalise by."""
-
-    def update(self, state: Tensor, ranks: Ranks = ONE_RANK) -> None:
-        """Take in the states [B, S] of all ranks; one that has none gives a tensor without elements."""
-        ...
 
 
 class SAC:

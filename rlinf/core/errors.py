@@ -1,6 +1,12 @@
 """Errors that somebody catches. The launcher prints their one line without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a line: its first that is not blank, or else the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 class RlinfError(Exception):
     """Something that the user can mend; the message names the thing and the remedy."""
 

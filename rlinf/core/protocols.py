@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor, nn
 
+from rlinf.core.ranks import ONE_RANK, Ranks
 from rlinf.core.types import ActionOut, EnvSpaces, EnvStep, Metrics, Obs, Trajectory
 
 Mode = Literal["train", "eval"]
@@ -93,6 +94,14 @@ class Network(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
         """Inverse of `state_dict`; strict."""
+        ...
+
+
+class RunningStatistics(Protocol):
+    """Statistics of the observations that networks normalise by."""
+
+    def update(self, state: Tensor, ranks: Ranks = ONE_RANK) -> None:
+        """Take in the states [B, S] of all ranks; one that has none gives a tensor without elements."""
         ...
 
 

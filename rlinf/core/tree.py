@@ -34,6 +34,17 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.removesuffix("/"), tree
 
 
+def leaves_of_state(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """As `leaves`, of a state, in which lists and tuples are no leaves: their places are keys."""
+    if isinstance(state, list | tuple):
+        state = dict(enumerate(state))
+    if isinstance(state, dict):
+        for key, child in state.items():
+            yield from leaves_of_state(child, f"{prefix}{key}/")
+    else:
+        yield prefix.removesuffix("/"), state
+
+
 def from_leaves(pairs: dict[str, Any]) -> Tree:
     """Inverse of `leaves`: a nested dict from paths."""
     tree: dict[str, Any] = {}

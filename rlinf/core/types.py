@@ -1,7 +1,8 @@
 """The records that travel between environments, policies and algorithms.
 
 Nothing here computes. Every record is frozen: a worker may pass it on without copying, and nobody
-may write into it. Tensors live on the device on which they were made; the receiver moves them.
+may write into it. Within a process tensors stay on the device on which they were made, from another
+process they come on the CPU; the receiver moves them.
 
 Letters used for shapes everywhere in this package:
 

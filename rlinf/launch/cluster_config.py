@@ -152,6 +152,9 @@ def cluster_problems(cluster: ClusterConfig) -> tuple[list[tuple[str, str]], dic
     beyond = next(_beyond_local(cluster, counts), None)
     if cluster.backend == "local" and beyond is not None:
         return [("cluster.backend", _only_local(beyond))], counts
+    if cluster.backend == "local" and cluster.address is not None:
+        return [("cluster.address", f"cluster.address ({cluster.address}) names a Ray cluster to join, and "
+                 "cluster.backend: local joins none; write ray or auto, or remove the address")], counts  # fmt: skip
     return [], counts
 
 

@@ -118,7 +118,7 @@ class RunnerConfig(Config):
 class ActorConfig(Config):
     """The learner: networks, batches and optimizers."""
 
-    group_name: str = Field("ActorGroup", description="Name of the role in messages and thread names.")
+    group_name: str = Field("ActorGroup", description="Name of the role in messages.")
     seed: NonNegativeInt = Field(1234, description="Varies networks and batches at the same runner.seed.")
     micro_batch_size: PositiveInt = Field(256, description="Samples that are computed at once.")
     global_batch_size: PositiveInt = Field(
@@ -126,8 +126,8 @@ class ActorConfig(Config):
     )
     num_threads: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="CPU threads of torch. auto: the cores that do not step simulators while it learns, at most half "
-        "of all and at least one.",
+        description="CPU threads of torch in each learner process. auto: its share of the cores of its machine that do "
+        "not step simulators while it learns, at most half of all and at least one.",
     )
     compile_model: bool = Field(False, description="Compile the losses with torch.compile.")
     enable_offload: bool = Field(
@@ -149,7 +149,7 @@ class ActorConfig(Config):
 class RolloutConfig(Config):
     """The policy that acts."""
 
-    group_name: str = Field("RolloutGroup", description="Name of the role in messages and thread names.")
+    group_name: str = Field("RolloutGroup", description="Name of the role in messages.")
     pipeline_stage_num: PositiveInt = Field(
         1, description="Parts of the environments that take turns, so that one is stepped while another is answered."
     )
@@ -168,7 +168,7 @@ class RolloutConfig(Config):
 class EnvsConfig(Config):
     """The environments."""
 
-    group_name: str = Field("EnvGroup", description="Name of the role in messages and thread names.")
+    group_name: str = Field("EnvGroup", description="Name of the role in messages.")
     train: AnyEnv = Field(description="Environments that experience is collected in.")
     eval: AnyEnv | None = Field(None, description="Environments for evaluation; null: none.")
 
@@ -261,6 +261,7 @@ def share_problems(root: Root, counts: Mapping[str, int | None]) -> Iterator[tup
     """(key, message) for what cannot be shared among so many processes of each role; None: not known yet."""
     learners, stages = counts.get("actor") or 1, root.rollout.pipeline_stage_num
     yield from _batch_problems(root.actor.global_batch_size, root.actor.micro_batch_size, learners)
+    yield from _demo_problems(root, learners)
     yield from _env_share_problems("env.train", root.env.train, counts.get("env") or 1, stages)
     if root.env.eval is not None:
         yield from _env_share_problems("env.eval", root.env.eval, counts.get("env") or 1, 1)
@@ -312,6 +313,19 @@ def _batch_problems(whole: int, part: int, learners: int) -> Iterator[tuple[str,
         )
 
 
+def _demo_problems(root: Root, learners: int) -> Iterator[tuple[str, str]]:
+    demo = root.algorithm.demo_buffer if isinstance(root.algorithm, SacConfig) else None
+    whole = root.actor.global_batch_size
+    if demo is None or whole % learners or 1 <= round(demo.fraction * whole / learners) < whole // learners:
+        return
+    shared = f", shared by the {learners} processes of actor," if learners > 1 else ""
+    yield (
+        "algorithm.demo_buffer.fraction",
+        f"algorithm.demo_buffer.fraction ({demo.fraction:g}) of actor.global_batch_size ({whole}){shared} leaves no "
+        "sample of one kind; bring it nearer to 0.5" + (" or raise the batch" if learners > 1 else ""),
+    )
+
+
 def _env_share_problems(section: str, env: EnvConfig, processes: int, stages: int) -> Iterator[tuple[str, str]]:
     total, parts = env.total_num_envs, processes * stages
     factors = [f"the {processes} processes of env"] * (processes > 1)
@@ -332,7 +346,7 @@ def _env_share_problems(section: str, env: EnvConfig, processes: int, stages: in
 
 
 def _sac_problems(root: Root) -> Iterator[tuple[str, str]]:
-    algorithm, model, whole = root.algorithm, root.actor.model, root.actor.global_batch_size
+    algorithm, model = root.algorithm, root.actor.model
     assert isinstance(algorithm, SacConfig)
     if not isinstance(model, QPolicyConfig):
         yield (
@@ -358,13 +372,6 @@ def _sac_problems(root: Root) -> Iterator[tuple[str, str]]:
             "algorithm.replay_buffer.min_buffer_size",
             f"algorithm.replay_buffer.min_buffer_size ({replay.min_buffer_size}) is more than "
             f"algorithm.replay_buffer.capacity ({replay.capacity}): training would never begin; raise the capacity",
-        )
-    demo = algorithm.demo_buffer
-    if demo is not None and not 1 <= round(demo.fraction * whole) < whole:
-        yield (
-            "algorithm.demo_buffer.fraction",
-            f"algorithm.demo_buffer.fraction ({demo.fraction:g}) of actor.global_batch_size ({whole}) leaves no sample "
-            "of one kind; bring it nearer to 0.5",
         )
 
 

@@ -31,7 +31,7 @@ from rlinf.launch.build import (
 )
 from rlinf.launch.config import Root
 from rlinf.launch.film import CaptionedEnv
-from rlinf.launch.machine import cores_for_training_envs, device_of, num_cores, num_learner_threads
+from rlinf.launch.machine import Neighbours, cores_for_training_envs, device_of, num_cores, num_learner_threads
 from rlinf.runners.checkpoint import load_policy
 from rlinf.runners.crew import Crew
 from rlinf.runners.evaluate import Evaluator
@@ -51,7 +51,7 @@ class Layout:
         env, rollout, learner: number of the process of each rank of the role.
         answered_by: (env rank, stage) → rank of the policy that answers it.
         learned_by: (env rank, stage) → ranks of the learners among which its experience is shared out by environments.
-        envs_per_machine, learners_per_machine: processes of a role that share the cores of a machine, at most.
+        machines: number of the machine of each process; () for one machine.
         backend: what the processes are.
     """
 
@@ -60,8 +60,7 @@ class Layout:
     learner: tuple[int, ...] = (0,)
     answered_by: dict[Source, int] | None = None
     learned_by: dict[Source, tuple[int, ...]] | None = None
-    envs_per_machine: int = 1
-    learners_per_machine: int = 1
+    machines: tuple[int, ...] = ()
     backend: Literal["local", "ray"] = "local"
 
     def describe(self) -> str:
@@ -70,6 +69,14 @@ class Layout:
             return "local backend"
         counts = f"{len(self.env)} env, {len(self.rollout)} rollout, {len(self.learner)} actor"
         return f"ray backend with {len({*self.env, *self.rollout, *self.learner})} processes ({counts})"
+
+    def beside(self, host: int) -> Neighbours:
+        """Who shares the cores of the machine of process number `host`, itself included."""
+        machine_of = dict(enumerate(self.machines))
+        envs, learners = (
+            [machine_of.get(other) == machine_of.get(host) for other in role] for role in (self.env, self.learner)
+        )
+        return Neighbours(sum(envs), sum(learners), len(envs))
 
     def answerer(self, source: Source) -> int:
         """Rank of the policy that answers `source`; of 0 where nothing is said."""
@@ -132,7 +139,8 @@ def build_evaluator(
 
     Without `weights` there are new ones, on which nothing is published yet. In `mode` train the policy explores.
 
-    Raises CheckpointError when what is already published does not fit the networks.
+    Raises ConfigError when there is no `env.eval` or the model does not fit it, CheckpointError when what is already
+    published does not fit the networks.
     """
     if config.env.eval is None:
         raise ConfigError("there is no env.eval to evaluate in; add it to the configuration")
@@ -208,7 +216,7 @@ def _env_worker(
 ) -> EnvWorker:
     train, stages = config.env.train, config.rollout.pipeline_stage_num
     seed = _seed_of_rank(derive_seed(config.runner.seed, f"env/{train.seed}"), rank)
-    cores = max(1, cores_for_training_envs(config) // layout.envs_per_machine)
+    cores = cores_for_training_envs(config, layout.beside(layout.env[rank]))
     envs = _make_stages(config, train, len(layout.env), seed, stages, render=False, cores=cores)
     return EnvWorker(
         rank,
@@ -230,7 +238,7 @@ def _eval_worker(
     section = config.env.eval
     assert section is not None
     filming, seed = section.video_cfg.save_video, _seed_of_rank(section.seed, rank)
-    cores = max(1, num_cores() // layout.envs_per_machine)
+    cores = max(1, num_cores() // layout.beside(layout.env[rank]).envs)
     envs = _make_stages(config, section, len(layout.env), seed, 1, render=filming, cores=cores)
     if filming and section.video_cfg.info_on_video:
         envs = [CaptionedEnv(env) for env in envs]
@@ -296,7 +304,7 @@ def _learner_worker(
     demo = config.algorithm.demo_buffer if isinstance(config.algorithm, SacConfig) else None
     demos = build_demo_buffer(config, demo, spaces, ranks) if demo is not None else None
     algorithm = build_algorithm(config, networks, device, demos, ranks)
-    num_threads = max(1, num_learner_threads(config) // layout.learners_per_machine)
+    num_threads = num_learner_threads(config, layout.beside(layout.learner[rank]))
     return LearnerWorker(
         algorithm,
         experience,

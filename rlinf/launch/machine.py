@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -22,6 +23,18 @@ SWITCH_INTERVAL_S = 0.5e-3
 
 FLOAT32_ERROR = 1e-5
 """Products of some hundred terms err by less than 1e-6 in float32 and by more than 1e-3 in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Processes of a run that share the cores of a machine: `envs` and `learners`, of `all_envs` on all machines."""
+
+    envs: int = 1
+    learners: int = 1
+    all_envs: int = 1
+
+
+ALONE = Neighbours()
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -118,13 +131,14 @@ def learns_while_collecting(config: Root) -> bool:
     return config.runner.overlap or config.runner.asynchronous
 
 
-def cores_for_training_envs(config: Root) -> int:
-    """CPU cores that step simulators in training: all, or all but one when a learner on the CPU works meanwhile.
+def cores_for_training_envs(config: Root, here: Neighbours = ALONE) -> int:
+    """CPU cores on which a process steps simulators in training: its share of all, or of all but one when a learner on
+    the CPU works meanwhile.
 
     With a simulator on its core too, an update took a quarter longer (docs/LOG.md).
     """
-    busy = learns_while_collecting(config) and config.profile == "cpu"
-    return max(1, num_cores() - 1) if busy else num_cores()
+    busy = learns_while_collecting(config) and config.profile == "cpu" and here.learners > 0
+    return max(1, (num_cores() - busy) // max(1, here.envs))
 
 
 def simulates_on_cpu(env: EnvConfig) -> bool:
@@ -135,7 +149,7 @@ def simulates_on_cpu(env: EnvConfig) -> bool:
     return backend == "cpu" or (backend == "auto" and not torch.cuda.is_available())
 
 
-def num_learner_threads(config: Root) -> int:
+def num_learner_threads(config: Root, here: Neighbours = ALONE) -> int:
     """`actor.num_threads` with auto resolved.
 
     Half of the cores at most: the products of a recipe's networks are small, and a thread that waits for its share
@@ -145,6 +159,6 @@ def num_learner_threads(config: Root) -> int:
         return config.actor.num_threads
     train, free = config.env.train, num_cores()
     if learns_while_collecting(config) and simulates_on_cpu(train):
-        num_envs = train.total_num_envs // config.rollout.pipeline_stage_num
-        free -= num_simulator_processes(train, num_envs, cores_for_training_envs(config))
-    return max(1, min(free, num_cores() // 2))
+        num_envs = train.total_num_envs // (here.all_envs * config.rollout.pipeline_stage_num)
+        free -= here.envs * num_simulator_processes(train, num_envs, cores_for_training_envs(config, here))
+    return max(1, min(free, num_cores() // 2) // max(1, here.learners))

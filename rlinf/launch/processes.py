@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,16 +116,12 @@ def layout_of(plan: Plan, hosts: Sequence[Sequence[Process]], num_stages: int) -
     def of(role: str) -> tuple[int, ...]:
         return tuple(sits[role, rank] for rank in range(plan.world_size(role)))
 
-    def most_on_a_machine(role: str) -> int:
-        return max(Counter(process.node_rank for process in plan.processes[role]).values())
-
     return Layout(
         of("env"),
         of("rollout"),
         of("actor"),
         dict(routes.rollout),
         dict(routes.learners),
-        envs_per_machine=most_on_a_machine("env"),
-        learners_per_machine=most_on_a_machine("actor"),
+        tuple(processes[0].node_rank for processes in hosts),
         backend="ray",
     )

@@ -192,10 +192,11 @@ def describe(config: Root, layout: Layout) -> str:
     """One line that says what this run does with the machine."""
     train, schedule = config.env.train, schedule_of(config)
     transitions = train.total_num_envs * schedule.chunks * schedule.segments
-    threads = max(1, num_learner_threads(config) // layout.learners_per_machine)
-    parts = config.rollout.pipeline_stage_num * len(layout.env)
-    cores = max(1, cores_for_training_envs(config) // layout.envs_per_machine)
-    workers = parts * num_simulator_processes(train, train.total_num_envs // parts, cores)
+    threads = num_learner_threads(config, layout.beside(layout.learner[0]))
+    stages = config.rollout.pipeline_stage_num
+    cores = [cores_for_training_envs(config, layout.beside(host)) for host in layout.env]
+    num_envs = train.total_num_envs // (stages * len(cores))
+    workers = sum(stages * num_simulator_processes(train, num_envs, own) for own in cores)
     stepping = f"stepped by {workers} processes" if simulates_on_cpu(train) else "in one batch"
     if config.runner.asynchronous:
         work = f"collects on and on while each global step makes {schedule.updates} updates"

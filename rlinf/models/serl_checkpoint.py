@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlinf.core.errors import DataError
+from rlinf.core.errors import DataError, first_line
 from rlinf.core.tree import leaves
 from rlinf.models.modules.resnet10 import FILE_STEM, ResNet10, first_mismatch
 
@@ -133,8 +133,7 @@ def _read(source: Path) -> dict[str, Any]:
         raise DataError(f"{source} was not loaded: {refusal}") from refusal
     # The unpickler raises whatever a damaged byte stream leads to; all of it means the same here.
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source} cannot be read ({reason}); download it again") from error
+        raise DataError(f"{source} cannot be read ({first_line(error)}); download it again") from error
     if not isinstance(parameters, dict):
         raise DataError(f"{source} holds a {type(parameters).__name__}, not parameters by name")
     return parameters

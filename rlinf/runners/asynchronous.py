@@ -82,8 +82,7 @@ class Asynchronous:
             after = crew.progress()
             evaluation = self._finished_evaluation()
             if schedule.saves(step) and not crew.stop.is_set():
-                self.settle()
-                run.save(step)
+                self._save(step)
             if schedule.evaluates(step) and not crew.stop.is_set():
                 evaluation |= self._last_evaluation(step) if last else self._begin_evaluation(step)
         speeds = rates(before, after, run.times["step"], updating.seconds)
@@ -97,6 +96,15 @@ class Asynchronous:
                 self._episodes.append(self.playing[0].wait())
                 self.playing.popleft()
         self.run.crew.ingest()
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint with the environments of training at rest; an evaluation goes on meanwhile."""
+        saved = False
+        while not saved:
+            self.settle()
+            with self._replacing_who_dies():
+                self.run.save(step)
+                saved = True
 
     def _keep_playing(self) -> None:
         """See to it that `IN_FLIGHT` segments are asked for. Raises what went wrong with those that are over."""
@@ -176,10 +184,11 @@ class Asynchronous:
                 "raise runner.val_check_interval or lower env.eval.rollout_epoch"
             )
             return {}
-        with self._replacing_who_dies():
-            run.publish()
-            run.evaluator.pin(run.crew.weights)
-            self.evaluating = run.evaluator.start(step, film=run.schedule.films(step))
+        while self.evaluating is None and not run.crew.stop.is_set():
+            with self._replacing_who_dies():
+                run.publish()
+                run.evaluator.pin(run.crew.weights)
+                self.evaluating = run.evaluator.start(step, film=run.schedule.films(step))
         return {}
 
     def _finished_evaluation(self) -> dict[str, float]:

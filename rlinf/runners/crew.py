@@ -56,6 +56,11 @@ class Collection:
         return self.playing.done and self.serving.done
 
     @property
+    def succeeded(self) -> bool:
+        """Whether everything is played and has arrived."""
+        return all(handle.succeeded for handle in self.handles)
+
+    @property
     def seconds(self) -> float:
         """How long it took."""
         return self.playing.seconds
@@ -90,6 +95,10 @@ class Crew:
         """Give the learner all experience that has arrived."""
         return self.learner.run(LearnerWorker.ingest).wait()[0]
 
+    def discard(self) -> None:
+        """Forget the experience that has arrived and was not given to the learner yet."""
+        self.learner.run(LearnerWorker.discard).wait()
+
     def ready(self) -> bool:
         """Whether the learner has enough experience to learn from."""
         return all(self.learner.run(LearnerWorker.ready).wait())
@@ -110,7 +119,8 @@ class Crew:
         Raises `error` when a learner died, when there were too many deaths, or when the run is to end.
         """
         interrupted = list(interrupted)
-        for handle in interrupted if self.max_restarts else ():
+        self._replacing(error).interrupt(error)  # also those who have no business with the process that died
+        for handle in interrupted:
             handle.failures(INTERRUPT_TIMEOUT_S)
         if any(not handle.done for handle in interrupted):
             raise error  # somebody plays on and would be in the way of the new ones
@@ -121,17 +131,16 @@ class Crew:
 
     def _replaced(self, error: ProcessDied) -> bool:
         """Replace whoever is dead now; False when another one died meanwhile. Raises `error` where that cannot be."""
-        if self.runtime is None or self.restarts >= self.max_restarts or self.stop.is_set():
-            raise error
-        dead = self.runtime.dead()
+        runtime = self._replacing(error)
+        dead = runtime.dead()
         if lost := set(dead) & set(self.learner.hosts):
-            where = " and ".join(self.runtime.describe(process) for process in sorted(lost))
+            where = " and ".join(runtime.describe(process) for process in sorted(lost))
             raise ProcessDied(f"the learner is gone: the process {where} ended", min(lost)) from error
         if not dead:
             raise error
         self.restarts += 1
         try:
-            self.runtime.replace(dead)
+            runtime.replace(dead)
             self.env.run(EnvWorker.abandon, f"restart/{self.restarts}").wait()
             self.rollout.run(RolloutWorker.abandon, f"restart/{self.restarts}").wait()
             self.publish()
@@ -139,8 +148,14 @@ class Crew:
             return False
         return True
 
+    def _replacing(self, error: ProcessDied) -> Runtime:
+        """The runtime, if it may replace a process now. Raises `error` otherwise."""
+        if self.runtime is None or self.restarts >= self.max_restarts or self.stop.is_set():
+            raise error
+        return self.runtime
+
     def close(self) -> list[str]:
-        """Close the environments and let the threads end. Returns what went wrong with that, in words."""
+        """Close the environments and let the groups end. Returns what went wrong with that, in words."""
         problems = self.env.run(EnvWorker.close).failures(STOP_TIMEOUT_S)
         for group in (self.env, self.rollout, self.learner):
             group.end()

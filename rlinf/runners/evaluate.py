@@ -97,7 +97,7 @@ class Evaluator:
         return self.start(step, film=film).finish(reporter)
 
     def close(self) -> list[str]:
-        """Close the environments and let the threads end. Returns what went wrong with that, in words."""
+        """Close the environments and let the groups end. Returns what went wrong with that, in words."""
         problems = self.env.run(EnvWorker.close).failures(STOP_TIMEOUT_S)
         for group in (self.env, self.rollout):
             group.end()

@@ -81,14 +81,13 @@ class Run:
             self.reporter.note(self.crew.recover(error, interrupted))
 
     def save(self, step: int) -> None:
-        """Write a checkpoint, with nothing in flight. Only the last one must succeed: others are tried again later."""
+        """Write a checkpoint, with nothing in flight. Only the last one must succeed: others are tried again later.
+
+        Raises ProcessDied when somebody died meanwhile; there is no new checkpoint then.
+        """
         with self.timed("checkpoint"):
             try:
-                try:
-                    save_run(self.store, self.crew, step)
-                except ProcessDied as error:
-                    self.recover(error, ())
-                    save_run(self.store, self.crew, step)
+                save_run(self.store, self.crew, step)
                 self.kept = self.crew.progress()
                 # A resumed run begins by publishing; this one must go on alike.
                 self._steps_since_publication = self.schedule.sync_interval

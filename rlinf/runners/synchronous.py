@@ -11,10 +11,12 @@ At a checkpoint nothing is in flight; the segment after it is played by the newe
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlinf.core.errors import ProcessDied
 from rlinf.runners.checkpoint import CheckpointStore
 from rlinf.runners.crew import Collection, Crew, Reporter
-from rlinf.runners.evaluate import Evaluator
+from rlinf.runners.evaluate import Evaluating, Evaluator
 from rlinf.runners.run import Run, drive, rates
 from rlinf.runners.schedule import Schedule
 from rlinf.runtime.local import Handle
@@ -60,7 +62,7 @@ class Synchronous:
             if run.evaluator is not None and schedule.evaluates(step):
                 evaluation = self._evaluate(run.evaluator, step)
             if schedule.saves(step) and not crew.stop.is_set():
-                run.save(step)
+                self._save(step)
         speeds = rates(before, after, collection.seconds, updating.seconds)
         run.log(step, episodes=episodes, evaluation=evaluation, learned=learned, rates=speeds)
 
@@ -74,7 +76,7 @@ class Synchronous:
         try:
             return collection.wait()
         except ProcessDied as error:
-            self.run.recover(error, collection.handles)
+            self._recover(error, collection)
             return {}
 
     def _learned(self, updating: Handle[dict[str, float]]) -> dict[str, float]:
@@ -82,9 +84,29 @@ class Synchronous:
         try:
             return updating.wait(watching=self.ahead.handles if self.ahead else ())[0]
         except ProcessDied as error:
-            self.run.recover(error, self.ahead.handles if self.ahead else ())
-            self.ahead = None  # it is collected when its turn comes
+            self._recover_ahead(error)
             return updating.wait()[0]
+
+    def _recover(self, error: ProcessDied, collection: Collection | None, *others: Handle[Any]) -> None:
+        """Replace who died. Of a collection that will be played anew nothing is kept: a step learns from one."""
+        self.run.recover(error, [*(collection.handles if collection else ()), *others])
+        if collection is not None:
+            self.run.crew.discard()
+
+    def _recover_ahead(self, error: ProcessDied, *others: Handle[Any]) -> None:
+        """Replace who died. What is collected ahead, unless it is there already, is collected when its turn comes."""
+        interrupted = None if self.ahead is None or self.ahead.succeeded else self.ahead
+        self._recover(error, interrupted, *others)
+        if interrupted is not None:
+            self.ahead = None
+
+    def _save(self, step: int) -> None:
+        while True:
+            try:
+                self.run.save(step)
+                break
+            except ProcessDied as error:
+                self._recover(error, None)  # nobody plays
 
     def _collect(self) -> Collection:
         self.run.publish_if_due()
@@ -94,7 +116,7 @@ class Synchronous:
         """Evaluate the weights of now; what is collected ahead keeps those that it began with."""
         run = self.run
         with run.timed("eval"):
-            interrupted = list(self.ahead.handles if self.ahead else ())
+            evaluating: Evaluating | None = None
             while not run.crew.stop.is_set():
                 try:
                     self.settle()
@@ -102,9 +124,7 @@ class Synchronous:
                     if run.crew.stop.is_set():
                         break
                     evaluating = evaluator.start(step, film=run.schedule.films(step))
-                    interrupted += evaluating.handles
                     return evaluating.finish(run.reporter)
                 except ProcessDied as error:
-                    run.recover(error, interrupted)
-                    self.ahead = None  # it is collected when its turn comes
+                    self._recover_ahead(error, *(evaluating.handles if evaluating else ()))
             return {}

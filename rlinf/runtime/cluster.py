@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlinf.core.errors import MissingDependency, WorkerDied
+from rlinf.core.errors import MissingDependency, WorkerDied, first_line
 
 JOIN_TIMEOUT_S = 600.0
 NOTE_EVERY_S = 15.0
@@ -84,7 +84,8 @@ def joined(
 def show_token() -> None:
     """Let Ray show this machine's token, where it has one, to the cluster that it joins; before Ray is imported.
 
-    To a cluster that is named by its address Ray would not, and be refused by those that `ray_up.sh` makes.
+    To a cluster that is named by its address Ray would not, and be refused by those that `ray_up.sh` makes. One that
+    asks for no token, although there is one here, takes RAY_AUTH_MODE=disabled.
     """
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_TOKEN" in os.environ or path.is_file():
@@ -106,7 +107,7 @@ def _initialise(address: str | None, num_nodes: int) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"at {address}" if address else "on this machine"
         raise WorkerDied(
-            f"no Ray cluster answers {where} ({str(error).splitlines()[0]}); start it with: "
+            f"no Ray cluster answers {where} ({first_line(error)}); start it with: "
             "bash examples/embodiment/ray_up.sh head, and on every other machine: "
             "bash examples/embodiment/ray_up.sh worker HEAD_ADDRESS"
         ) from error

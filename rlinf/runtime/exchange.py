@@ -17,6 +17,7 @@ import pickle
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -32,6 +33,8 @@ from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, ChannelClosed
 INLINE_BYTES = 1 << 15
 """Arrays up to this size go into the pickle: copying so little is cheaper than one more piece."""
 CONNECT_TIMEOUT_S = 20.0
+ACCEPT_PAUSE_S = 0.1
+"""Before listening again after something went wrong with that."""
 
 Address = tuple[str, int]
 
@@ -122,6 +125,7 @@ class Exchange:
         self._lines: dict[int, _Line] = {}
         self._lock = threading.Lock()
         self._connecting: dict[int, threading.Lock] = {}
+        self._closed = False
         self._server = socket.create_server((ip, 0))
         self.address: Address = self._server.getsockname()[:2]
         threading.Thread(target=self._accept, name="exchange", daemon=True).start()
@@ -173,6 +177,9 @@ class Exchange:
 
     def close(self) -> None:
         """Stop listening and hang up."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for callers
         self._server.close()
         for line in self._lines.values():
             line.close()
@@ -201,9 +208,12 @@ class Exchange:
         while True:
             try:
                 caller, _ = self._server.accept()
-            except OSError:
-                return  # closed
-            connection = _connection(caller, CONNECT_TIMEOUT_S)
+                connection = _connection(caller, CONNECT_TIMEOUT_S)
+            except OSError:  # too many open files, or a caller that has hung up already
+                if self._closed:
+                    return
+                time.sleep(ACCEPT_PAUSE_S)
+                continue
             threading.Thread(target=self._listen, args=[connection], name="line", daemon=True).start()
 
     def _listen(self, connection: Connection) -> None:

@@ -52,11 +52,16 @@ class Runtime(Protocol):
         """Numbers of the processes that have ended."""
         ...
 
+    def interrupt(self, cause: BaseException) -> None:
+        """Close all channels, so that whoever waits for messages comes to an end; `replace` opens them again."""
+        ...
+
     def replace(self, hosts: Sequence[int]) -> None:
         """Start these processes anew, build in them again what was built in them, and open all channels again.
 
         Only while nothing runs in the others. Items that wait in channels with `confirm` are kept. Weights have to be
-        published again. Raises WorkerDied where that cannot be done.
+        published again. Raises ProcessDied when another process died meanwhile: to be called again, with that one.
+        Raises WorkerDied where it cannot be done.
         """
         ...
 

@@ -36,7 +36,7 @@ R = TypeVar("R")
 
 CHANNEL_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 3600.0
-GRACE_S = 1.0
+GRACE_S = 2.0
 """For the cause of a failure to show itself after its first consequence."""
 STOP_TIMEOUT_S = 10.0
 """How long a call may still take once its run has been asked to stop."""
@@ -258,6 +258,11 @@ class Handle(Generic[R]):
         return all(future.done() for _, future in self._calls)
 
     @property
+    def succeeded(self) -> bool:
+        """Whether `wait` would return at once."""
+        return all(future.done() and future.exception() is None for _, future in self._calls)
+
+    @property
     def any_done(self) -> bool:
         """Whether the call has ended on one of the replicas at least."""
         return any(future.done() for _, future in self._calls)
@@ -283,28 +288,21 @@ class Handle(Generic[R]):
         Raises WorkerDied, naming who did not answer and where it is, after `timeout_s`; with `hurry`, at the
         latest STOP_TIMEOUT_S after the run was asked to stop.
         """
-        own = {future for _, future in self._calls}
-        others = {future for handle in watching for _, future in handle._calls}
+        own = [future for _, future in self._calls]
+        watched = _futures_of([self, *watching])
         deadline = time.monotonic() + timeout_s
         hurried = False
         while True:
-            failed = [f for f in own | others if f.done() and f.exception() is not None]
-            if failed:
-                cause = _first_cause(failed)
-                if type(cause) is WorkerDied and not all(f.done() for f in own | others):
-                    # Whoever misses another one may say so before the other's own end is known.
-                    wait_for_futures(own | others, timeout=GRACE_S)
-                    cause = _first_cause([f for f in own | others if f.done() and f.exception() is not None])
-                raise cause
-            pending = {f for f in own if not f.done()}
-            if not pending:
+            if _failed(watched):
+                raise _first_cause(watched)
+            if all(future.done() for future in own):
                 return [future.result() for _, future in self._calls]
             if hurry and not hurried and self._stop is not None and self._stop.is_set():
                 hurried, deadline = True, min(deadline, time.monotonic() + STOP_TIMEOUT_S)
             if (left := deadline - time.monotonic()) <= 0:
                 raise WorkerDied(self._overdue(timeout_s if not hurried else STOP_TIMEOUT_S))
             # Slices, because a stop may be asked for while nothing else happens.
-            pending |= {f for f in others if not f.done()}
+            pending = [future for future in watched if not future.done()]
             wait_for_futures(pending, timeout=min(left, 0.2), return_when=FIRST_COMPLETED)
 
     def failures(self, timeout_s: float) -> list[str]:
@@ -329,24 +327,49 @@ def wait_for_one(
     The first exception, of these calls or of those in `watching`, is raised at once. Raises WorkerDied, naming who
     did not answer and where it is, after `timeout_s`.
     """
-    futures = {future for handle in (*handles, *watching) for _, future in handle._calls}
+    futures = _futures_of([*handles, *watching])
     deadline = time.monotonic() + timeout_s
     while True:
-        if failed := [f for f in futures if f.done() and f.exception() is not None]:
-            raise _first_cause(failed)
+        if _failed(futures):
+            raise _first_cause(futures)
         if any(handle.done or (handle._stop is not None and handle._stop.is_set()) for handle in handles):
             return
         if (left := deadline - time.monotonic()) <= 0:
             raise WorkerDied("; ".join(handle._overdue(timeout_s) for handle in handles))
-        pending = {future for future in futures if not future.done()}
+        pending = [future for future in futures if not future.done()]
         wait_for_futures(pending, timeout=min(left, 0.2), return_when=FIRST_COMPLETED)
 
 
-def _first_cause(failed: list[Future[Any]]) -> BaseException:
-    """The failure that was first among failed calls: one that was not itself caused by another, a death above all."""
-    errors = [error for future in failed if (error := future.exception()) is not None]
-    errors.sort(key=lambda error: (isinstance(error, ChannelClosed), not isinstance(error, ProcessDied)))
-    return cause_of(errors[0])
+def _futures_of(handles: Sequence[Handle[Any]]) -> list[Future[Any]]:
+    """In the order of handles and ranks, each once."""
+    return list(dict.fromkeys(future for handle in handles for _, future in handle._calls))
+
+
+def _failed(futures: Iterable[Future[Any]]) -> list[BaseException]:
+    """What was raised in the calls that have ended so far."""
+    ended = [future for future in futures if future.done()]
+    return [error for future in ended if (error := future.exception()) is not None]
+
+
+def _first_cause(futures: Sequence[Future[Any]]) -> BaseException:
+    """The failure that was first among calls of which some have failed: one that was not itself caused by another.
+
+    Whoever only missed somebody (`WorkerDied` itself) may say so before the end of the one who was missed is known:
+    that is waited for a moment.
+    """
+    until = time.monotonic() + GRACE_S
+    while True:
+        cause = cause_of(min(_failed(futures), key=_consequence))
+        pending = [future for future in futures if not future.done()]
+        if type(cause) is not WorkerDied or not pending or (left := until - time.monotonic()) <= 0:
+            return cause
+        wait_for_futures(pending, timeout=left, return_when=FIRST_COMPLETED)
+
+
+def _consequence(error: BaseException) -> tuple[bool, bool, bool]:
+    """A key to sort failures by: causes before their consequences, and a death before what else went wrong."""
+    missed_somebody = type(cause_of(error)) is WorkerDied
+    return missed_somebody, isinstance(error, ChannelClosed), not isinstance(error, ProcessDied)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -368,7 +391,6 @@ class Group(Generic[W]):
         *,
         channels: Iterable[Channel] = (),
         stop: Flag | None = None,
-        build_timeout_s: float = CHANNEL_TIMEOUT_S,
     ) -> None:
         """Build replica i with `builders[i]`, each in its own thread, all at the same time.
 
@@ -380,7 +402,7 @@ class Group(Generic[W]):
         self._stop = stop
         self._replicas: list[Replica] = [Replica(f"{name}[{rank}]", self._on_failure) for rank in range(len(builders))]
         building = [(r, r.submit(build)) for r, build in zip(self._replicas, builders, strict=True)]
-        self._workers = Handle(f"building {name}", building, stop).wait(build_timeout_s)
+        self._workers = Handle(f"building {name}", building, stop).wait(CHANNEL_TIMEOUT_S)
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -453,6 +475,9 @@ class LocalRuntime:
     def dead(self) -> list[int]:
         """None: the one process would have died with the caller."""
         return []
+
+    def interrupt(self, cause: BaseException) -> None:
+        """Nothing: see `dead`."""
 
     def replace(self, hosts: Sequence[int]) -> None:
         """Nothing: see `dead`."""

@@ -147,7 +147,7 @@ def make_plan(placement: Mapping[str, Any] | str, nodes: Sequence[Node], groups:
     processes = {}
     for role, where in wanted.items():
         members = _members(role, where, groups)
-        resources = _resources(role, where, nodes, members)
+        resources = _resources(where, nodes, members)
         held = _held(role, where, resources, _scope(where, nodes, members, resources))
         processes[role] = tuple(_process(role, rank, own, members) for rank, own in enumerate(held))
     return Plan(tuple(nodes), processes)
@@ -165,7 +165,7 @@ def process_counts(
     for role, where in read_placement(placement).items():
         members = _members(role, where, groups)
         if where.node_groups == (NODES_ALONE,) or any(group.hardware for group in members):
-            resources = _resources(role, where, bare, members)
+            resources = _resources(where, bare, members)
             counts[role] = len(_held(role, where, resources, _scope(where, bare, members, resources)))
         elif any(span.resources is None and span.num_processes is None for span in where.spans):
             counts[role] = None
@@ -219,7 +219,7 @@ def _members(role: str, where: RolePlacement, groups: Sequence[NodeGroup]) -> li
     return members
 
 
-def _resources(role: str, where: RolePlacement, nodes: Sequence[Node], members: Sequence[NodeGroup]) -> list[_Resource]:
+def _resources(where: RolePlacement, nodes: Sequence[Node], members: Sequence[NodeGroup]) -> list[_Resource]:
     robots = [_Resource(rank, hardware=name) for group in members for _, rank, name in group.hardware]
     if robots:
         return robots

@@ -47,13 +47,11 @@ class RolePlacement:
     node_groups: tuple[str, ...] = (EVERYWHERE,)
 
 
-def parse_ranks(text: str | int, where: str, count: int | None = None) -> tuple[int, ...]:
-    """The ranks that `text` names, in its order: `3`, `0-7`, `0-3,5`; `all` for the first `count`.
+def parse_ranks(text: str | int, where: str) -> tuple[int, ...]:
+    """The ranks that `text` names, in its order: `3`, `0-7`, `0-3,5`.
 
     Raises ConfigError, beginning with `where`, when nothing is named, one twice, or it cannot be read.
     """
-    if str(text).strip() == "all" and count is not None:
-        return tuple(range(count))
     ranks = tuple(rank for part in _parts(text, where) for rank in _range(part, where))
     _once(ranks, where, text)
     return ranks
@@ -94,18 +92,6 @@ def parse_spans(text: str | int, where: str) -> tuple[Span, ...]:
         begun += count or len(resources or ())
     _once([rank for span in spans for rank in span.resources or ()], where, text)
     return tuple(spans)
-
-
-def format_spans(spans: Sequence[Span]) -> str:
-    """The inverse of `parse_spans`."""
-    parts, begun = list[str](), 0
-    for span in spans:
-        written = "all" if span.resources is None else _written(span.resources)
-        if span.num_processes is not None:
-            written += ":" + _written(range(begun, begun + span.num_processes))
-        parts.append(written)
-        begun += span.num_processes or len(span.resources or ())
-    return ",".join(parts)
 
 
 def check_divides(num_processes: int, num_resources: int, what: str) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlinf.core.errors import WorkerDied
+from rlinf.core.errors import WorkerDied, first_line
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class DistributedRanks:
     def _alone(self, error: RuntimeError) -> WorkerDied:
         return WorkerDied(
             f"rank {self.rank} of {self.size} waited in vain for the other ranks of the learner: one of them has "
-            f"failed, see its own message, or did not answer within {self.timeout_s:g} s ({_first_line(error)})"
+            f"failed, see its own message, or did not answer within {self.timeout_s:g} s ({first_line(error)})"
         )
 
     def leave(self) -> None:
@@ -129,7 +129,7 @@ def join_ranks(
         store.set(_key(rank), "here")
     except RuntimeError as error:
         raise WorkerDied(
-            f"rank {rank} of {size} could not reach {address} within {join_timeout_s:g} s ({_first_line(error)}): "
+            f"rank {rank} of {size} could not reach {address} within {join_timeout_s:g} s ({first_line(error)}): "
             "is rank 0 running there, and does it listen on that address?"
         ) from error
     try:
@@ -146,7 +146,7 @@ def join_ranks(
         )
     except RuntimeError as error:
         raise WorkerDied(
-            f"rank {rank} of {size} met the others at {address} but could not connect to them ({_first_line(error)}): "
+            f"rank {rank} of {size} met the others at {address} but could not connect to them ({first_line(error)}): "
             "for gloo, name the network interface in GLOO_SOCKET_IFNAME, for NCCL in NCCL_SOCKET_IFNAME"
         ) from error
     return DistributedRanks(rank, size, timeout_s)
@@ -163,7 +163,3 @@ def _store(rank: int, size: int, address: str, timeout: timedelta) -> dist.Store
 
 def _key(rank: int) -> str:
     return f"rank_{rank}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -24,14 +24,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import (
-    ActorUnschedulableError,
-    GetTimeoutError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RuntimeEnvSetupError,
-)
+from ray.exceptions import ActorUnschedulableError, GetTimeoutError, OutOfMemoryError, RayError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
@@ -39,14 +32,22 @@ from rlinf.core.errors import ProcessDied, WorkerDied
 from rlinf.runtime.cluster import alive
 from rlinf.runtime.exchange import Address, RoutedChannel, as_array
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Flag, Group, Handle, Weights, cause_of
-from rlinf.runtime.ray_process import Build, Call, Host, HostedWeights, Outcome, pack_error, process_flag, unpack_error
+from rlinf.runtime.ray_process import (
+    DEATHS,
+    Build,
+    Call,
+    Host,
+    HostedWeights,
+    Outcome,
+    pack_error,
+    process_flag,
+    unpack_error,
+)
 
 W = TypeVar("W")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-DEATHS = (RayActorError, OutOfMemoryError)
-"""What Ray raises for a process that is no more."""
 ANSWER_TIMEOUT_S = 60.0
 """For what a process answers without working on it."""
 
@@ -128,6 +129,10 @@ class RayWeights(Weights):
         """See Weights."""
         return min(self._runtime.tell(Host.copy_weights, self.readers[:1], self.name, self.name))
 
+    def newer_than(self, version: int) -> tuple[int, dict[str, Tensor]] | None:
+        """Raises RuntimeError: the driver has no copy."""
+        raise RuntimeError(f"weights '{self.name}' are read in processes {list(self.readers)}, not in the driver")
+
 
 class _RemoteReplica:
     """What the driver has of a replica."""
@@ -182,14 +187,13 @@ class RayGroup(Group[W]):
         *,
         channels: Iterable[Channel] = (),
         stop: Flag | None = None,
-        build_timeout_s: float = CHANNEL_TIMEOUT_S,
     ) -> None:
         """Build replica i with `builders[i]`, which can be pickled, in process number `hosts[i]`."""
         self.name, self._channels, self._stop = name, tuple(channels), stop
         self._runtime = runtime
-        self._builders, self._hosts, self._build_timeout_s = tuple(builders), tuple(hosts), build_timeout_s
+        self._builders, self._hosts = tuple(builders), tuple(hosts)
         self._remote = [self._replica(runtime, rank) for rank in range(len(hosts))]
-        self._begin("building", [Build(builder) for builder in builders]).wait(build_timeout_s)
+        self._begin("building", [Build(builder) for builder in builders]).wait(CHANNEL_TIMEOUT_S)
 
     def _replica(self, runtime: RayRuntime, rank: int) -> _RemoteReplica:
         return _RemoteReplica(runtime, f"{self.name}[{rank}]", self._hosts[rank])
@@ -205,7 +209,7 @@ class RayGroup(Group[W]):
         for rank in ranks:
             self._remote[rank] = self._replica(self._runtime, rank)
         building = [(self._remote[rank], self._remote[rank].submit(Build(self._builders[rank]))) for rank in ranks]
-        Handle(f"{self.name}.building", building, self._stop).wait(self._build_timeout_s)
+        Handle(f"{self.name}.building", building, self._stop).wait(CHANNEL_TIMEOUT_S)
 
     def __len__(self) -> int:
         return len(self._remote)
@@ -257,6 +261,7 @@ class RayRuntime:
         self._flags: list[RayFlag] = []
         self.generation = 0
         self._introductions: dict[int, tuple[Address, int, str]] = {}
+        self._incomplete: set[int] = set()
         self._actors = {index: self._start(index) for index in range(len(seats))}
         try:
             self._introduce_all()
@@ -365,7 +370,7 @@ class RayRuntime:
 
     def dead(self) -> list[int]:
         """See Runtime."""
-        asked = {index: actor.introduce.remote() for index, actor in self._actors.items()}
+        asked = {index: actor.ping.remote() for index, actor in self._actors.items()}
         return [index for index, reference in asked.items() if self._is_dead(index, reference)]
 
     def _require_machines(self, hosts: Sequence[int]) -> None:
@@ -381,13 +386,20 @@ class RayRuntime:
             return True
         return False
 
+    def interrupt(self, cause: BaseException) -> None:
+        """See Runtime."""
+        self.close_channels(list(self._kept), self.generation, cause)
+
     def replace(self, hosts: Sequence[int]) -> None:
         """See Runtime."""
+        # What another death has left half made is made anew with the rest.
+        hosts = sorted({*hosts, *self._incomplete})
         self._require_machines(hosts)
         self.generation += 1
+        self._incomplete.update(hosts)
         for index in hosts:
             ray.kill(self._actors[index])
-            del self._introductions[index]
+            self._introductions.pop(index, None)
             self._actors[index] = self._start(index)
         try:
             self._introduce_all()
@@ -400,6 +412,7 @@ class RayRuntime:
         for flag in self._flags:
             if flag.is_set():
                 self.tell(Host.set_flag, hosts, flag.name, flag.reason)
+        self._incomplete.clear()
 
     def meeting_point(self, host: int) -> str:
         """See Runtime. The port was free a moment ago."""

@@ -21,12 +21,15 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 from torch import Tensor
 
+from rlinf.core.errors import WorkerDied
 from rlinf.runtime.exchange import Address, as_array, as_tensor, open_exchange, this_exchange
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, ChannelClosed, Flag, Replica, Weights
 
+DEATHS = (RayActorError, OutOfMemoryError)
+"""What Ray raises for a process that is no more."""
 SIOCGIFADDR = 0x8915
 """Of linux/sockios.h: the address of an interface."""
 
@@ -64,6 +67,9 @@ class Host:
         except Exception as error:  # whatever it is belongs to the caller
             problem = pack_error(error)
         return self._exchange.address, os.getpid(), socket.gethostname(), problem
+
+    async def ping(self) -> None:
+        """Nothing: whoever gets an answer knows that the process is there."""
 
     async def free_port(self) -> int:
         """A port that nobody listens on."""
@@ -250,9 +256,23 @@ class HostedWeights(Weights):
         shared = ray.put({key: as_array(tensor) for key, tensor in state.items()})
         taken = [_peers_of_process[index].take_weights.remote(self.name, version, shared) for index in others]
         if wait:
-            for reference in taken:
-                with contextlib.suppress(RayActorError):  # whoever plays with it will notice
-                    ray.get(reference, timeout=CHANNEL_TIMEOUT_S)
+            for index, reference in zip(others, taken, strict=True):
+                self._await(index, reference)
+
+    def _await(self, index: int, taken: Any) -> None:
+        try:
+            ray.get(taken, timeout=CHANNEL_TIMEOUT_S)
+        except GetTimeoutError as error:
+            raise WorkerDied(
+                f"process {index} did not take over weights '{self.name}' within {CHANNEL_TIMEOUT_S:g} s"
+            ) from error
+        except DEATHS:
+            pass  # whoever plays with it will notice
+
+    @property
+    def version(self) -> int:
+        """See Weights; of this process's copy."""
+        return process_weights(self.name).version
 
     def newer_than(self, version: int) -> tuple[int, dict[str, Tensor]] | None:
         """See Weights."""

@@ -13,7 +13,7 @@ from rlinf.core import tree
 
 def non_finite(state: Any) -> tuple[str, Tensor] | None:
     """(path, tensor) of the first tensor in nested dicts and lists that holds NaN or infinity, else None."""
-    for path, leaf in tree.leaves(_lists_as_dicts(state)):
+    for path, leaf in tree.leaves_of_state(state):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not _all_finite(leaf):
             return path, leaf
     return None
@@ -22,11 +22,3 @@ def non_finite(state: Any) -> tuple[str, Tensor] | None:
 def _all_finite(tensor: Tensor) -> bool:
     # A sum is a quarter of the work and shows nearly always that all is well; it may also have overflowed.
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
-
-
-def _lists_as_dicts(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {str(key): _lists_as_dicts(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return {str(i): _lists_as_dicts(value) for i, value in enumerate(state)}
-    return state

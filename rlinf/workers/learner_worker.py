@@ -83,6 +83,10 @@ class LearnerWorker:
         self.progress = Progress(env_steps, self.progress.updates)
         return self.progress
 
+    def discard(self) -> None:
+        """Forget every trajectory that waits."""
+        self.experience.drain(key=self.ranks.rank)
+
     def ready(self) -> bool:
         """Whether there is enough experience to learn from."""
         self._needed()

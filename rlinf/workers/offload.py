@@ -40,6 +40,8 @@ class Offload:
         for storage in self._storages():
             self._away.append((storage, storage.cpu() if storage.device.type != "cpu" else storage.clone()))
             storage.resize_(0)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # torch would keep what is free for this process alone
 
     def come_back(self) -> None:
         """Put everything where it was. Does nothing when it is there."""
@@ -50,18 +52,10 @@ class Offload:
 
     def _storages(self) -> list[torch.UntypedStorage]:
         found = {}
-        for _, leaf in tree.leaves(_dicts_of(self._state())):
+        for _, leaf in tree.leaves_of_state(self._state()):
             if isinstance(leaf, Tensor) and leaf.device.type == self._device.type:
                 storage = leaf.untyped_storage()
                 # Memory of numpy's cannot be given back, and what holds nothing frees nothing.
                 if storage.nbytes() and storage.resizable():
                     found[storage.data_ptr()] = storage
         return list(found.values())
-
-
-def _dicts_of(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {str(key): _dicts_of(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return {str(i): _dicts_of(value) for i, value in enumerate(state)}
-    return state

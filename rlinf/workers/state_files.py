@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlinf.core.errors import CheckpointError
+from rlinf.core.errors import CheckpointError, first_line
 
 ARRAY = "__numpy__"
 """Key that marks a numpy array among tensors: torch's safe loader does not read numpy arrays."""
@@ -25,7 +25,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     try:
         torch.save(_pack(state), path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise CheckpointError(f"{path} could not be written: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} could not be written: {first_line(error)}") from error
 
 
 def load_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def load_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     # The unpickler raises whatever a damaged byte stream leads to; all of it means the same here.
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read ({_first_line(error)}): it is damaged or was not written by rlinf; "
+            f"{path} cannot be read ({first_line(error)}): it is damaged or was not written by rlinf; "
             "choose another checkpoint"
         ) from error
     if not isinstance(state, dict):
@@ -55,7 +55,7 @@ def save_weights(path: Path, version: int, weights: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt", "version": str(version)})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} could not be written: {first_line(error)}") from error
 
 
 def load_weights(path: Path) -> tuple[int, dict[str, Tensor]]:
@@ -68,7 +68,7 @@ def load_weights(path: Path) -> tuple[int, dict[str, Tensor]]:
         raise CheckpointError(f"{path} is missing; choose another checkpoint") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({_first_line(error)}): it is damaged or no safetensors file; "
+            f"{path} cannot be read ({first_line(error)}): it is damaged or no safetensors file; "
             "choose another checkpoint"
         ) from error
 
@@ -93,7 +93,3 @@ def _unpack(state: Any) -> Any:
     if isinstance(state, list | tuple):
         return type(state)(_unpack(value) for value in state)
     return state
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -139,7 +139,7 @@ TOLD = [
     "Weights: actor 0 to rollout 0-7, each global step.",
     "Gradients: averaged over actor 0-15, each update.",
     "Backend: ray (cluster.num_nodes is 2) on a running cluster, else one of its own.",
-    "Restarts: at most 3 of each process of env and rollout.",
+    "Restarts: at most 3 in all, of processes of env and rollout.",
 ]
 
 

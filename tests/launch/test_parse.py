@@ -457,6 +457,16 @@ def test_a_key_that_is_written_twice_is_an_error(folder: Path) -> None:
             "bring it nearer to 0.5   [command line: algorithm.demo_buffer={load_path: d, fraction: 0.001}]",
         ),
         (
+            [
+                "cluster.component_placement='env,rollout: 0; actor: 0-1'",
+                "actor.micro_batch_size=128",
+                "algorithm.demo_buffer={load_path: d, fraction: 0.003}",
+            ],
+            "algorithm.demo_buffer.fraction (0.003) of actor.global_batch_size (256), shared by the 2 processes of "
+            "actor, leaves no sample of one kind; bring it nearer to 0.5 or raise the batch"
+            "   [command line: algorithm.demo_buffer={load_path: d, fraction: 0.003}]",
+        ),
+        (
             ["algorithm.replay_buffer.min_buffer_size=10", "algorithm.replay_buffer.capacity=5"],
             "algorithm.replay_buffer.min_buffer_size (10) is more than algorithm.replay_buffer.capacity (5): training "
             "would never begin; raise the capacity   [command line: algorithm.replay_buffer.min_buffer_size=10]",
@@ -490,6 +500,11 @@ def test_a_key_that_is_written_twice_is_an_error(folder: Path) -> None:
             ["runner.resume_dir=a", "runner.ckpt_path=b"],
             "runner.ckpt_path takes only weights and runner.resume_dir takes everything; give one of them"
             "   [command line: runner.ckpt_path=b]",
+        ),
+        (
+            ["cluster.backend=local", "cluster.address=10.0.0.1:6379"],
+            "cluster.address (10.0.0.1:6379) names a Ray cluster to join, and cluster.backend: local joins none; write "
+            "ray or auto, or remove the address   [command line: cluster.address=10.0.0.1:6379]",
         ),
         (
             ["cluster.backend=local", "cluster.num_nodes=2"],

@@ -1,5 +1,6 @@
 """From a placement to processes: seats, layout, and a run of the seed's layout over sixteen accelerators."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import torch
 from rlinf.core.errors import ConfigError, ProcessDied
 from rlinf.core.ranks import OneRank
 from rlinf.launch import run
+from rlinf.launch.machine import Neighbours
 from rlinf.launch.parse import load_config
 from rlinf.launch.processes import layout_of, nodes_of, seats_of
 from rlinf.launch.run import train
@@ -48,7 +50,8 @@ def test_the_hybrid_layout_of_sixteen_accelerators():
     assert {layout.answerer((rank, stage)) for rank in range(8) for stage in range(2)} == set(range(8))
     assert sorted(r for source in layout.learned_by.values() for r in source) == list(range(16))
     assert {seat.ip for seat in seats} == {"10.0.0.0", "10.0.0.1"}
-    assert layout.envs_per_machine == 8 and layout.learners_per_machine == 8
+    assert layout.beside(layout.env[0]) == Neighbours(envs=8, learners=8, all_envs=8)
+    assert layout.beside(layout.learner[8]) == Neighbours(envs=0, learners=8, all_envs=8), "on the other machine"
     assert layout.describe() == "ray backend with 32 processes (8 env, 8 rollout, 16 actor)"
 
 
@@ -226,6 +229,55 @@ def test_a_killed_rank_of_the_learner_ends_the_run_and_the_command_that_is_named
 
 def _pid(worker):
     return os.getpid()
+
+
+MARK = "RLINF_TEST_RUN"
+"""In the environment of a run, which all its processes inherit, those of Ray too."""
+
+
+def test_a_run_over_processes_that_gets_sigterm_saves_says_how_to_go_on_and_leaves_nobody_behind(tmp_path):
+    pytest.importorskip("ray")
+    words = [
+        "--config-name", "reach_sac_mlp", "profile=cpu", "cluster.backend=ray", f"runner.logger.log_path={tmp_path}",
+        "runner.max_epochs=1000000", "runner.val_check_interval=-1", "actor.num_threads=1", "algorithm.update_epoch=4",
+        "runner.logger.logger_backends=[]",
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    mark, output, run_dir = f"{MARK}={tmp_path}", tmp_path / "output", tmp_path / "reach_sac_mlp"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(CONFIG_DIR.parent / "train.py"), *words],
+            stdout=file, stderr=file, env=environment | {MARK: str(tmp_path)},
+        )  # fmt: skip
+    journal, until = run_dir / "metrics.jsonl", time.monotonic() + 100
+    while not (journal.is_file() and len(journal.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < until, output.read_text()
+        time.sleep(0.05)
+    busy = processes_with(mark)
+    process.send_signal(signal.SIGTERM)
+    code, said = process.wait(60), output.read_text()
+    assert code == 128 + signal.SIGTERM, said
+    assert "SIGTERM: stopping and saving a checkpoint; once more to end at once" in said
+    [(step, resume)] = re.findall(r"stopped by SIGTERM in step (\d+); nothing is lost\. Go on with: (\S+)", said)
+    assert resume == f"runner.resume_dir={find(run_dir)}"
+    kept, rows = verify(find(run_dir)), journal.read_text().splitlines()
+    assert kept.global_step == int(step) >= 3
+    assert kept.progress.updates >= 4 * len(rows) > 0
+    assert any("ray::" in words for words in busy) and "raylet" in str(busy), "they were there"
+    until = time.monotonic() + 20
+    while left := processes_with(mark):
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+def processes_with(mark: str) -> list[str]:
+    """Commands of the processes that have this in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if mark.encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:100])
+    return found
 
 
 def kill_after_two_checkpoints(checkpoints: Path, pid: int) -> None:

@@ -21,6 +21,7 @@ from rlinf.data.demos import DemoMeta, write_demos
 from rlinf.envs.reach import ReachWorlds
 from rlinf.launch import crew, machine
 from rlinf.launch.config import Root
+from rlinf.launch.machine import Neighbours
 from rlinf.launch.parse import load_config
 from rlinf.launch.play import play_run
 from rlinf.launch.run import evaluate_run, run_directory, train
@@ -489,6 +490,28 @@ def test_auto_threads_leave_cores_to_simulators(monkeypatch: pytest.MonkeyPatch)
     assert threads("env.train.num_workers=auto") == 2  # three cores could step 32 environments: two processes do
     assert threads("env.train.num_workers=auto", "runner.overlap=False") == 2
     assert threads("actor.num_threads=3") == 3
+
+
+@pytest.mark.parametrize(
+    ("here", "threads", "cores"),
+    [
+        (Neighbours(envs=1, learners=1, all_envs=1), 4, 15),
+        (Neighbours(envs=0, learners=1, all_envs=2), 8, 15),  # the environments are on other machines
+        (Neighbours(envs=2, learners=0, all_envs=2), 4, 8),  # the learner is on another machine
+        (Neighbours(envs=2, learners=2, all_envs=2), 2, 7),
+        (Neighbours(envs=1, learners=1, all_envs=2), 4, 15),  # half of the simulators are elsewhere
+        (Neighbours(envs=24, learners=24, all_envs=24), 1, 1),
+    ],
+)
+def test_cores_are_shared_by_the_processes_of_the_same_machine(
+    monkeypatch: pytest.MonkeyPatch, here: Neighbours, threads: int, cores: int
+) -> None:
+    monkeypatch.setattr(machine, "num_cores", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fixed = ["profile=cpu", "runner.overlap=True", "actor.num_threads=auto", "env.train.num_workers=auto"]
+    config = load_config("maniskill_sac_mlp", [*fixed, "env.train.total_num_envs=24"], CONFIG_DIR)
+    assert machine.cores_for_training_envs(config, here) == cores
+    assert machine.num_learner_threads(config, here) == threads
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import torch
 
 from rlinf.core.errors import ProcessDied
 from rlinf.launch.crew import Layout
+from rlinf.runners import run as runner
 from rlinf.runners.asynchronous import run_async
 from rlinf.runners.checkpoint import CheckpointStore, find, load_run, verify
+from rlinf.runners.evaluate import Evaluator
 from rlinf.runners.schedule import Schedule
 from rlinf.runners.synchronous import run_sync
 from tests.fakes import (
@@ -195,6 +197,27 @@ def test_a_killed_process_of_env_and_rollout_is_replaced(mortal, tmp_path, run, 
     assert verify(find(tmp_path)).progress.updates == 180
     [note] = [note for note in reporter.notes if "Restarts left: 1" in note]
     assert f"'process {killed}'" in note or f"process {killed}, at" in note
+
+
+def test_a_death_at_a_checkpoint_interrupts_the_evaluation_and_nothing_else(mortal, tmp_path, monkeypatch):
+    crew, reporter = deadly_crew(mortal), RecordingReporter()
+    envs = [[partial(CountingEnv, 1, rank, slow(0.05))] for rank in range(2)]
+    evaluated = build_crew_on(mortal, PAIRS, envs, CountingActor, CountingAlgorithm, name="eval")
+    evaluator = Evaluator(evaluated.env, evaluated.rollout, evaluated.weights, episodes_per_env=20, chunks=4, seed=0)
+    pid, save_run = mortal._introductions[1][1], runner.save_run
+
+    def kill_and_save(store, crew, step, **settings):
+        if not crew.restarts:
+            os.kill(pid, 9)
+        return save_run(store, crew, step, **settings)
+
+    monkeypatch.setattr(runner, "save_run", kill_and_save)
+    schedule = Schedule(num_steps=6, chunks=4, updates=3, eval_interval=2, save_interval=3)
+    assert run_async(crew, schedule, CheckpointStore(tmp_path), reporter, evaluator=evaluator) == 6
+    assert "the evaluation of step 2 was interrupted by that" in reporter.notes
+    assert any("Restarts left: 1" in note for note in reporter.notes)
+    assert reporter.logged[6]["eval/num_episodes"] == 40
+    assert verify(find(tmp_path)).progress.updates == 18
 
 
 def test_too_many_deaths_end_the_run_and_the_learner_is_saved(mortal, tmp_path):

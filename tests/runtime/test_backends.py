@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -148,6 +149,7 @@ def test_weights_reach_readers_by_version_and_stay_as_published(team):
     team.group.run_each(lambda worker, mine: worker.publish(4, 1.5) if mine else None, [True, False]).wait(20)
     _, (version, state) = team.group.run(Worker.newest, 3).wait(20)
     assert version == team.weights.version == 4
+    assert team.group.run(lambda worker: worker.weights.version).wait(20)[1] == 4
     assert torch.equal(state["a"], torch.full((3, 2), 1.5)) and state["b"].dtype == torch.bfloat16
     assert state["n"].shape == () and state["n"] == 7
     assert team.group.run(Worker.newest, 4).wait(20)[1] is None
@@ -232,6 +234,7 @@ def start_pair(ray_machine):
 
 def test_a_process_has_its_own_environment(pair):
     assert pair.group.run(lambda worker: os.environ["WHO"]).wait(20) == ["number 0", "number 1"]
+    assert pair.group.run(lambda worker: os.environ["GLOO_SOCKET_IFNAME"]).wait(20) == ["lo", "lo"], "as its address"
     own, other = pair.group.run(lambda worker: os.getpid()).wait(20)
     assert len({own, other, os.getpid()}) == 3
 
@@ -273,6 +276,75 @@ def test_a_failure_of_before_a_recovery_that_becomes_known_after_it_closes_nothi
     doomed.channel.close(WorkerDied("a new failure"))
     with pytest.raises(WorkerDied, match="a new failure"):
         group.run(Worker.receive).wait(20)
+
+
+@pytest.mark.parametrize("who", ["another", "the new one"])
+def test_a_death_during_a_recovery_is_recovered_from_like_any_other(doomed, monkeypatch, who):
+    import ray
+
+    runtime, group = doomed.runtime, doomed.group
+    first, second = group.run(lambda worker: os.getpid()).wait(20)
+    os.kill(first, 9)
+    assert runtime.dead() == [0]
+    introduce_all = runtime._introduce_all
+
+    def kill_and_introduce():
+        if who == "another":
+            os.kill(second, 9)
+        else:
+            ray.kill(runtime.actor(0))
+        introduce_all()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "_introduce_all", kill_and_introduce)
+        with pytest.raises(ProcessDied):
+            runtime.replace([0])
+    died = runtime.dead()
+    assert died == ([1] if who == "another" else [0])
+    runtime.replace(died)
+    assert runtime.dead() == []
+    assert group.run_each(Worker.one, [10, 20]).wait(20) == [10, 21], "both have their workers again"
+    asked = [(Worker.ask, 20, "word"), (Worker.echo, 20)]
+    assert group.run_each(lambda worker, job: job[0](worker, *job[1:]), asked).wait(20)[0] == "word"
+
+
+def test_who_looks_for_the_dead_does_not_prepare_the_living_again(ray_machine, tmp_path):
+    from rlinf.runtime.ray_backend import RayRuntime, Seat
+
+    runtime = RayRuntime([Seat("alone", ray_machine.node_id, "127.0.0.1")], partial(note_in, tmp_path / "prepared"))
+    assert runtime.dead() == [] == runtime.dead()
+    runtime.close()
+    assert (tmp_path / "prepared").read_text() == "once "
+
+
+def note_in(path):
+    with path.open("a") as file:
+        file.write("once ")
+
+
+def test_an_interruption_wakes_who_waits_in_any_process(pair):
+    waiting = pair.group.run(Worker.receive)
+    time.sleep(0.2)
+    pair.runtime.interrupt(ProcessDied("somebody else is gone", 7))
+    with pytest.raises(ProcessDied, match="somebody else is gone"):
+        waiting.wait(10)
+    assert len(waiting.failures(10)) == 2
+    pair.runtime.replace([])
+    assert pair.group.run_each(Worker.one, [1, 1]).wait(20) == [1, 2]
+
+
+def test_the_driver_says_where_weights_are_read(pair):
+    with pytest.raises(RuntimeError, match=r"weights 'w \d+' are read in processes \[1\], not in the driver"):
+        pair.weights.newer_than(-1)
+
+
+def test_a_process_that_ray_ends_for_its_memory_is_a_process_that_died(pair):
+    from ray.exceptions import OutOfMemoryError
+
+    died = pair.group._remote[1]._died(OutOfMemoryError("Task was killed due to the node running low on memory."))
+    assert isinstance(died, ProcessDied) and died.process == 1
+    said = r"worker\[1\] is gone: the process 'process 1' .* was ended by Ray: memory is full there"
+    assert re.search(said, str(died))
 
 
 def test_strangers_are_not_listened_to(pair):

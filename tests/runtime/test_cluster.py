@@ -1,11 +1,15 @@
 """Several machines, as several raylets on this one, each in a run of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from rlinf.core.errors import WorkerDied, first_line
+from rlinf.runtime.cluster import joined, show_token
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +41,58 @@ def run(script: str) -> dict:
     assert done.returncode == 0, done.stderr + done.stdout
     [line] = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
     return json.loads(line.removeprefix("SAID "))
+
+
+@pytest.mark.parametrize(
+    ("token", "given", "mode"),
+    [
+        ("file", {}, "token"),
+        ("path", {}, "token"),
+        ("variable", {}, "token"),
+        ("file", {"RAY_AUTH_MODE": "disabled"}, "disabled"),
+        ("none", {}, None),
+    ],
+)
+def test_a_token_is_shown_to_the_cluster_unless_the_user_says_otherwise(tmp_path, monkeypatch, token, given, mode):
+    """Ray shows it by itself only to clusters that it finds by itself."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that what `show_token` sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / (".ray/auth_token" if token == "file" else "elsewhere")
+    path.parent.mkdir(exist_ok=True)
+    if token in ("file", "path"):
+        path.write_text("secret")
+    if token == "path":
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    if token == "variable":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    show_token()
+    assert os.environ.get("RAY_AUTH_MODE") == mode
+
+
+def test_a_cluster_that_refuses_without_a_word_is_one_line(monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def refuse(*arguments, **settings):
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    said = r"no Ray cluster answers at 10\.0\.0\.1:6379 \(ConnectionError\); start it with: bash examples"
+    with pytest.raises(WorkerDied, match=said), joined(address="10.0.0.1:6379"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("", "OSError"), ("  \n ", "OSError"), ("\n first \nsecond", "first"), ("one", "one")]
+)
+def test_an_error_in_a_line(text, line):
+    assert first_line(OSError(text)) == line
 
 
 MISSING_AND_LATE = """

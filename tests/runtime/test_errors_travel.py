@@ -2,14 +2,18 @@
 
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("ray")
 
-from rlinf.core.errors import ConfigError, ProcessDied
-from rlinf.runtime.local import ChannelClosed
-from rlinf.runtime.ray_process import pack_error, unpack_error, visible_devices
+from ray.exceptions import GetTimeoutError, OutOfMemoryError
+
+from rlinf.core.errors import ConfigError, ProcessDied, WorkerDied
+from rlinf.runtime import ray_process
+from rlinf.runtime.local import CHANNEL_TIMEOUT_S, ChannelClosed
+from rlinf.runtime.ray_process import HostedWeights, interface_of, pack_error, unpack_error, visible_devices
 
 
 class WithOtherArguments(ConfigError):
@@ -65,3 +69,31 @@ def test_an_error_whose_class_is_not_there_says_what_it_was(tmp_path, monkeypatc
 )
 def test_devices_are_counted_among_the_visible_ones(visible, devices, expected):
     assert visible_devices(visible, devices) == expected
+
+
+def test_an_interface_is_known_by_its_address():
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.7") is None, "of nobody: kept for documents"
+
+
+class Peer:
+    """Of whom Ray says nothing but that time is over."""
+
+    take_weights = type("Method", (), {"remote": staticmethod(lambda name, version, state: "reference")})
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(GetTimeoutError("late"), WorkerDied), (OutOfMemoryError("x"), None)])
+def test_who_does_not_take_over_weights_is_named_and_the_dead_are_left_to_others(monkeypatch, raised, expected):
+    def get(reference, timeout):
+        assert reference == "reference" and timeout == CHANNEL_TIMEOUT_S
+        raise raised
+
+    monkeypatch.setattr(ray_process, "this_exchange", lambda: SimpleNamespace(index=0))
+    monkeypatch.setattr(ray_process, "_peers_of_process", {3: Peer})
+    monkeypatch.setattr(ray_process.ray, "put", lambda state: state)
+    monkeypatch.setattr(ray_process.ray, "get", get)
+    publish = lambda: HostedWeights("policy", [3]).publish(1, {})  # noqa: E731
+    if expected is None:
+        return publish()
+    with pytest.raises(expected, match="process 3 did not take over weights 'policy' within 600 s"):
+        publish()

@@ -1,10 +1,14 @@
 """Channels of one generation and messages of another."""
 
+import contextlib
+import errno
+import socket
+import threading
 import time
 
 import pytest
 
-from rlinf.core.errors import WorkerDied
+from rlinf.core.errors import ProcessDied, WorkerDied
 from rlinf.runtime.exchange import Exchange
 from rlinf.runtime.local import ChannelClosed
 
@@ -43,6 +47,42 @@ def test_only_what_is_meant_for_the_channels_of_now_closes_them(two):
     two[0].close_channels(["words"], 3, WorkerDied("second"))
     with pytest.raises(ChannelClosed, match="second"):
         channel.put("b")
+
+
+class Faulty:
+    """A listening socket whose next `accept` fails."""
+
+    def __init__(self, server, error):
+        self.server, self.errors = server, [error]
+
+    def accept(self):
+        caller = self.server.accept()
+        if self.errors:
+            caller[0].close()
+            raise self.errors.pop()
+        return caller
+
+    def __getattr__(self, name):
+        return getattr(self.server, name)
+
+
+def test_a_process_that_was_out_of_files_for_a_moment_listens_on(two):
+    sender, receiver = two
+    receiver._server = Faulty(receiver._server, OSError(errno.EMFILE, "Too many open files"))
+    socket.create_connection(receiver.address, 5).close()  # served by the accept that was under way
+    with contextlib.suppress(ProcessDied):
+        sender.send(1, "words", 0, "lost", confirm=True)
+    sender.send(1, "words", 0, "heard", confirm=True)
+    assert receiver.channel("words").drain() == ["heard"]
+
+
+def test_who_is_closed_listens_no_more():
+    before = set(threading.enumerate())
+    exchange = Exchange(0, "127.0.0.1", b"secret")
+    [listening] = set(threading.enumerate()) - before
+    exchange.close()
+    listening.join(5)
+    assert not listening.is_alive()
 
 
 def test_a_message_for_a_closed_channel_is_told_to_who_waits_for_its_arrival(two):

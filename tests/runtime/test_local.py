@@ -3,11 +3,12 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import Future
 
 import pytest
 
 from rlinf.core.errors import WorkerDied
-from rlinf.runtime.local import Channel, ChannelClosed, Flag, Group, Weights
+from rlinf.runtime.local import Channel, ChannelClosed, Flag, Group, Handle, Weights, wait_for_one
 
 
 class Worker:
@@ -85,6 +86,41 @@ def test_a_watched_call_fails_the_wait():
         handle.wait(20, watching=[culprit.run(Worker.fail_or_wait, 0)])
     assert time.monotonic() - began < 2
     released.set()
+
+
+@pytest.mark.parametrize("wait", ["for all", "for one"])
+@pytest.mark.parametrize("late_s", [0.0, 0.3])
+@pytest.mark.parametrize("closed", [False, True])
+def test_whoever_only_missed_another_is_not_the_cause(wait, late_s, closed):
+    """A rank of a learner is left by another that has failed, and may say so first."""
+    ranks = [Future() for _ in range(3)]
+    handle = Handle("update", [(Silent(f"learner[{i}]"), future) for i, future in enumerate(ranks)], None)
+    missed = WorkerDied("rank 0 of 3 waited in vain for the other ranks (connection closed by peer)")
+    ranks[0].set_exception(ChannelClosed("experience", missed) if closed else missed)
+    fail = threading.Timer(late_s, ranks[1].set_exception, [ZeroDivisionError("in rank 1")])
+    fail.start()
+    fail.join() if not late_s else None
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError, match="in rank 1"):
+        handle.wait(20) if wait == "for all" else wait_for_one([handle])
+    assert time.monotonic() - began < 1, "nobody waits longer than it takes to know the cause"
+
+
+def test_who_missed_another_that_says_nothing_is_what_is_known(monkeypatch):
+    monkeypatch.setattr("rlinf.runtime.local.GRACE_S", 0.1)
+    gone, silent = Future(), Future()
+    gone.set_exception(WorkerDied("waited in vain"))
+    handle = Handle("update", [(Silent("a"), gone), (Silent("b"), silent)], None)
+    with pytest.raises(WorkerDied, match="waited in vain"):
+        wait_for_one([handle])
+
+
+class Silent:
+    def __init__(self, name):
+        self.name = name
+
+    def whereabouts(self):
+        return self.name
 
 
 def test_a_watched_call_that_succeeds_is_not_waited_for_and_does_not_end_the_wait():

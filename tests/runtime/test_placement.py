@@ -12,7 +12,6 @@ from rlinf.runtime.placement_text import (
     ROLES,
     Span,
     format_ranks,
-    format_spans,
     parse_ranks,
     parse_spans,
     read_placement,
@@ -52,8 +51,7 @@ def test_ranks(text: str | int, ranks: tuple[int, ...]) -> None:
     assert parse_ranks(text, "here") == ranks
 
 
-def test_all_ranks_are_as_many_as_there_are() -> None:
-    assert parse_ranks("all", "here", 3) == (0, 1, 2)
+def test_all_is_no_list_of_ranks() -> None:
     with pytest.raises(ConfigError, match="'all' is neither a rank nor a range"):
         parse_ranks("all", "here")
 
@@ -103,6 +101,18 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
 @given(st.lists(st.integers(0, 40), min_size=1, unique=True))
 def test_ranks_survive_being_written(ranks: list[int]) -> None:
     assert parse_ranks(format_ranks(ranks), "here") == tuple(ranks)
+
+
+def format_spans(spans: list[Span]) -> str:
+    """The inverse of `parse_spans`."""
+    parts, begun = list[str](), 0
+    for span in spans:
+        written = "all" if span.resources is None else format_ranks(span.resources)
+        if span.num_processes is not None:
+            written += ":" + format_ranks(range(begun, begun + span.num_processes))
+        parts.append(written)
+        begun += span.num_processes or len(span.resources or ())
+    return ",".join(parts)
 
 
 @given(st.data())

@@ -52,6 +52,20 @@ def test_another_device_is_left_alone():
     assert network(torch.ones(1, 2)).shape == (1, 2)
 
 
+@pytest.mark.parametrize("in_use", [False, True])
+def test_free_memory_is_given_back_to_others_once_everything_has_left(monkeypatch, in_use):
+    """Torch keeps what was freed for its own process; a process without CUDA is not to begin with it."""
+    network, emptied = nn.Linear(2, 2), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(network.weight.untyped_storage().nbytes()))
+    resting = Offload(network.state_dict, "cpu")
+    resting.leave()
+    assert emptied == ([0] if in_use else [])
+    resting.leave()
+    resting.come_back()
+    assert len(emptied) == int(in_use)
+
+
 def test_a_run_with_offload_ends_in_the_same_weights(tmp_path):
     for name, offload in (("plain", False), ("offload", True)):
         crew = build_crew([[ReachEnv(3)]], [TinyActor()], TinyAlgorithm(), offload=offload)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.core.errors import DataError
+from rlinf.core.errors import DataError, first_line
 from rlinf.data.lerobot.layout import RESTORE, Feature
 from rlinf.data.lerobot.packages import require
 
@@ -159,16 +159,12 @@ def _guarded(path: Path, read: Callable[[], Any], columns: Sequence[str] | None 
     try:
         result = read()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged or no parquet file ({_first_line(error)}); {RESTORE}") from error
+        raise DataError(f"{path} is damaged or no parquet file ({first_line(error).rstrip('.')}); {RESTORE}") from error
     if columns is not None:
         absent = [name for name in columns if name not in result.column_names]
         if absent:
             raise DataError(f"{path} has no column {', '.join(absent)}: it does not fit meta/info.json; {RESTORE}")
     return result
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def as_numpy(column: Any, key: str, feature: Feature, path: Path) -> Any:

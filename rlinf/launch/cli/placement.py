@@ -220,7 +220,7 @@ class Drawing:
             return
         joined = f"the cluster at {cluster.address}" if cluster.address else "a running cluster, else one of its own"
         yield Text(f"Backend: ray ({reason_for_ray(cluster, self.plan) or 'as configured'}) on {joined}.")
-        yield Text(f"Restarts: at most {cluster.max_restarts} of each process of env and rollout.")
+        yield Text(f"Restarts: at most {cluster.max_restarts} in all, of processes of env and rollout.")
 
 
 def devices_text(alike: Sequence[Process]) -> str:

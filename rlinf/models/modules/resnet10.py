@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rlinf.core.errors import CheckpointError
+from rlinf.core.errors import CheckpointError, first_line
 
 Padding = Literal["symmetric", "same"]
 
@@ -178,5 +178,4 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
             return CheckpointError(
                 f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder, or {REMEDY}"
             )
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return CheckpointError(f"{file} cannot be read ({reason}); {REMEDY}")
+    return CheckpointError(f"{file} cannot be read ({first_line(error)}); {REMEDY}")

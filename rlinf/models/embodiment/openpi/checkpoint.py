@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlinf.core.errors import CheckpointError
+from rlinf.core.errors import CheckpointError, first_line
 from rlinf.models.embodiment.openpi.config import GEMMA_NAMES, Pi0Config
 from rlinf.models.embodiment.openpi.model import Pi0, empty_pi0, stays_float32
 
@@ -254,8 +254,7 @@ def _opened(file: Path) -> Iterator[Any]:
             raise CheckpointError(
                 f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` beside it"
             ) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{file} cannot be read ({reason}); {REMEDY}") from error
+        raise CheckpointError(f"{file} cannot be read ({first_line(error)}); {REMEDY}") from error
 
 
 def _size(shape: tuple[int, ...]) -> int:
