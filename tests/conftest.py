@@ -1,15 +1,14 @@
 """What a test run may leave out: with `--may-skip REASON`, a test that is skipped for any other reason fails."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rlinf.runtime.interface import Runtime
-from rlinf.runtime.local import LocalRuntime
-
-LOOPBACK = "127.0.0.1"
-
+if TYPE_CHECKING:
+    from rlinf.runtime.interface import Runtime
 
 LOOPBACK = "127.0.0.1"
 
@@ -30,6 +29,8 @@ def ray_machine() -> Iterator[Any]:
 @pytest.fixture(scope="module", params=["local", "ray"])
 def make_runtime(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Runtime]]:
     """The runtime of a module with so many processes; once for each backend."""
+    from rlinf.runtime.local import LocalRuntime
+
     made: dict[int, Runtime] = {}
 
     def make(processes: int) -> Runtime:
