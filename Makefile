@@ -26,8 +26,8 @@ format: setup
 	$(PYTHON) -m ruff format .
 
 setup:
-	@bash requirements/install.sh embodied --model openpi --env maniskill --env frankasim --ray --lerobot --dev --bench \
-		--venv $(VENV)
+	@bash requirements/install.sh embodied --model openpi --env maniskill --env frankasim --env libero --ray \
+		--lerobot --dev --bench --venv $(VENV)
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

@@ -13,13 +13,16 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT
 readonly CONSTRAINTS=$ROOT/requirements/constraints-cpu.txt
 readonly TORCH=torch==2.13.0
+# Without what they ask for besides the extra `libero`: transformers, wandb, robomimic and by way of it another torch,
+# none of which stepping a task needs.
+readonly LIBERO="hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
 readonly OPTIONS="--env --model --ray --lerobot --use-mirror --dev --bench --venv --help"
 readonly PYTHONS="python3.11 python3.12 python3.10 python3.13 python3"
 
 # Everything that the five seed recipes name. "later" is accepted and reported: the recipe is not in this version.
 readonly ENVS="maniskill reach maniskill_libero libero frankasim realworld franka"
 readonly MODELS="mlp_policy flow_policy cnn_policy openpi openvla openvla_oft openvla-oft"
-readonly ENVS_HERE="maniskill reach maniskill_libero frankasim"
+readonly ENVS_HERE="maniskill reach maniskill_libero libero frankasim"
 readonly MODELS_HERE="mlp_policy flow_policy cnn_policy openpi"
 
 VENV=$ROOT/.venv
@@ -83,7 +86,9 @@ choose_env() {
         maniskill | maniskill_libero) EXTRAS+=(maniskill) NEEDS_VULKAN=yes ;;
         frankasim) EXTRAS+=(frankasim) NEEDS_EGL=yes ;;
     esac
-    [ "$1" != maniskill_libero ] || could_not "--env $1: its LIBERO half is not in this version; its ManiSkill half is"
+    case $1 in
+        libero | maniskill_libero) EXTRAS+=(libero) NEEDS_EGL=yes ;;
+    esac
     contains "$1" "$ENVS_HERE" || could_not "--env $1: not in this version; nothing was installed for it"
 }
 
@@ -277,6 +282,15 @@ install_packages() {
     rm -f "$constraints"
 }
 
+# LIBERO is in the environment after this, and its first import will ask nothing. Its assets (206 MB) are not: whoever
+# needs them is told so by the environment that misses them.
+install_libero() {
+    # shellcheck disable=SC2086  # three words
+    pip_install --no-deps $LIBERO || pip_failed
+    "$VENV/bin/python" -m rlinf.envs.libero.package >>"$LOG" 2>&1 ||
+        could_not "LIBERO: it was installed and cannot be imported; see the end of $LOG"
+}
+
 check_torch() {
     local build usable
     read -r build usable < <("$VENV/bin/python" -c 'import torch
@@ -368,11 +382,10 @@ main() {
         : >"$LOG"
         install_packages "$(paste -sd, <<<"$wanted")"
         check_torch
+        if contains libero "$(paste -sd' ' <<<"$wanted")"; then install_libero; fi
     fi
-    if [ "$NEEDS_VULKAN" = yes ]; then
-        install_libraries
-        install_vulkan
-    fi
+    if [ "$NEEDS_VULKAN" = yes ] || [ "$NEEDS_EGL" = yes ]; then install_libraries; fi
+    if [ "$NEEDS_VULKAN" = yes ]; then install_vulkan; fi
     if [ "$NEEDS_EGL" = yes ]; then install_egl; fi
     write_stamp "$hash" "$wanted"
     report

@@ -33,6 +33,8 @@ KEPT_APART = {
     "sapien": "rlinf/envs/maniskill",
     "gymnasium": "rlinf/envs",
     "mujoco": "rlinf/envs",
+    "robosuite": "rlinf/envs/libero",
+    "libero": "rlinf/envs/libero",
     "ray": "rlinf/runtime",
     "hydra": "rlinf/launch",
     "omegaconf": "rlinf/launch",

@@ -43,7 +43,9 @@ def test_wrong_arguments_are_named_and_nothing_is_made(arguments, message, tmp_p
 def test_every_name_of_the_seed_recipes_is_accepted():
     code = "choose_env frankasim; choose_env maniskill_libero; choose_model openvla; choose_model openpi"
     report = call("install.sh", f"{code}; printf '%s\\n' \"${{COULD_NOT[@]}}\"")
-    assert "frankasim" not in report
+    assert "frankasim" not in report and "libero" not in report
+    for name, extras in (("libero", "libero"), ("maniskill_libero", "maniskill libero")):
+        assert call("install.sh", f'choose_env {name}; echo "${{EXTRAS[@]}} $NEEDS_EGL"') == f"{extras} yes"
     assert call("install.sh", 'choose_env frankasim; echo "${EXTRAS[@]} $NEEDS_EGL"') == "frankasim yes"
     assert "--model openvla: not in this version" in report and "openpi" not in report
     assert call("install.sh", 'choose_model openpi; echo "${EXTRAS[@]} ${#COULD_NOT[@]}"') == "openpi 0"

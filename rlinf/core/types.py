@@ -42,6 +42,7 @@ class EnvSpaces:
         action_dim: A.
         action_low, action_high: bounds of every action element, the same for all A.
         max_episode_steps: time limit in environment steps; None when there is none.
+        tasks: names of the tasks, where episodes may be of several; `EnvStep.info["task"]` counts them.
     """
 
     obs_shapes: dict[str, tuple[int, ...]]
@@ -50,6 +51,7 @@ class EnvSpaces:
     action_low: float = -1.0
     action_high: float = 1.0
     max_episode_steps: int | None = None
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class EnvStep:
         intervened: bool [N, H]; true where an operator replaced the policy's action.
         info: tensors [N] by name. `success` (bool) is the task's flag after the chunk. Rows of
             `episode/<name>` are meaningful where `done`: `success_once`, `success_at_end`, `return`,
-            `episode_len`, `reward` (= return / episode_len).
+            `episode_len`, `reward` (= return / episode_len). Two more say what the episode is part of: `task` (int64)
+            is the index of its task in `EnvSpaces.tasks`, `goes_on` (bool) whether the next episode of the row belongs
+            to the same list of initial states, each of which an evaluation counts once.
     """
 
     obs: Obs

@@ -61,6 +61,9 @@ class EnvConfig(Config):
         "evaluation begins in the same states.",
     )
     use_rel_reward: bool = Field(False, description="Reward is the change of the task's reward since the step before.")
+    use_step_penalty: bool = Field(
+        False, description="Every step costs 1: with a reward of 1 for success alone, -1 until it and 0 at it."
+    )
     reward_scale: PositiveFloat = Field(1.0, description="Factor on every reward, applied last.")
     num_workers: PositiveInt | Literal["auto"] | Literal[0] = Field(
         "auto",

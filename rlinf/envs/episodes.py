@@ -28,6 +28,8 @@ INFO_DTYPES = {
     "episode/return": torch.float32,
     "episode/episode_len": torch.float32,
     "episode/reward": torch.float32,
+    "task": torch.int64,
+    "goes_on": torch.bool,
 }
 """Entries of `EnvStep.info` that every environment of this package gives."""
 
@@ -85,6 +87,7 @@ class EpisodeRules:
             not `done` again until the next `reset`.
         ignore_terminations: neither success nor failure ends an episode.
         use_rel_reward: r_t − r_{t−1} with r_{−1} = 0, so that the return is the last reward.
+        use_step_penalty: r − 1 in place of r, after `use_rel_reward`.
         reward_scale: factor on the reward, applied last. `episode/return` is counted before it.
         group_size: so many neighbouring rows share their episodes' seeds.
         fixed_resets: an unseeded `reset` goes back to the first episodes instead of on to new ones.
@@ -94,6 +97,7 @@ class EpisodeRules:
     auto_reset: bool = True
     ignore_terminations: bool = False
     use_rel_reward: bool = False
+    use_step_penalty: bool = False
     reward_scale: float = 1.0
     group_size: int = 1
     fixed_resets: bool = False
@@ -106,33 +110,87 @@ def episode_rules(config: EnvConfig) -> EpisodeRules:
         auto_reset=config.auto_reset,
         ignore_terminations=config.ignore_terminations,
         use_rel_reward=config.use_rel_reward,
+        use_step_penalty=config.use_step_penalty,
         reward_scale=config.reward_scale,
         group_size=config.group_size,
         fixed_resets=config.use_fixed_reset_state_ids,
     )
 
 
+class Starts(Protocol):
+    """Which initial state the e-th episode of environment `row` has, counted over all environments of its group."""
+
+    def seed(self, root: int, row: int, episode: int) -> int:
+        """What the simulator makes the initial state of, at most 31 bits."""
+        ...
+
+    def task(self, seed: int) -> int:
+        """Which of `EnvSpaces.tasks` begins with that seed; 0 where there is only one."""
+        ...
+
+    def length(self, row: int) -> int | None:
+        """After so many episodes the environment has had its share of a list of starts; None where there is no list.
+
+        An evaluation counts every episode of a list; the next one would begin the list again.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DrawnStarts:
+    """Initial states that are drawn: derive_seed(root, "episode/<row // group_size>/<episode>")."""
+
+    group_size: int = 1
+
+    def seed(self, root: int, row: int, episode: int) -> int:
+        """As `Starts.seed`."""
+        return derive_seed(root, f"episode/{row // self.group_size}/{episode}") % MAX_SIMULATOR_SEED
+
+    def task(self, seed: int) -> int:
+        """As `Starts.task`."""
+        return 0
+
+    def length(self, row: int) -> int | None:
+        """As `Starts.length`."""
+        return None
+
+
 class EpisodicEnv:
     """A `VectorEnv` made of a simulator and the rules of an episode.
 
-    The e-th episode of environment i begins with the seed derive_seed(root, "episode/<i // group_size>/<e>"):
-    initial states depend neither on how environments are spread over processes nor on what happened before.
+    What the e-th episode of an environment begins with is a function of the root seed, of the environment's number and
+    of e: initial states depend neither on how environments are spread over processes nor on what happened before. An
+    environment that has come to the end of its list of starts stands still until the next `reset`.
 
     Args:
         simulator: the N worlds.
         rules: of an episode.
         seed: root seed until the first seeded reset.
         first_row: index of the first row among all environments, for seeds and messages.
+        starts: initial states; drawn ones where nothing is said.
     """
 
-    def __init__(self, simulator: Simulator, rules: EpisodeRules, *, seed: int, first_row: int = 0) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        rules: EpisodeRules,
+        *,
+        seed: int,
+        first_row: int = 0,
+        starts: Starts | None = None,
+    ) -> None:
         n, device = simulator.num_envs, simulator.device
+        self._starts = starts or DrawnStarts(rules.group_size)
         self.num_envs = n
         self.spaces = replace(simulator.spaces, max_episode_steps=rules.max_episode_steps)
         self._simulator, self._rules, self._first_row = simulator, rules, first_row
         self._root = seed
         self._next_episode = [0] * n
         self._episode_seed = [0] * n
+        self._length = [self._starts.length(first_row + row) for row in range(n)]
+        self._endless = torch.tensor([length is None for length in self._length], device=device)
+        self._goes_on = torch.zeros(n, dtype=torch.bool, device=device)
+        self._task = torch.zeros(n, dtype=torch.int64, device=device)
         self._begun = self._closed = False
         self._running = torch.zeros(n, dtype=torch.bool, device=device)
         self._steps = torch.zeros(n, dtype=torch.int64, device=device)
@@ -172,10 +230,10 @@ class EpisodicEnv:
             truncated |= now_truncated
         last_obs = self._observe()
         info = self._info()
-        ended = terminated.any(1) | truncated
+        beginning = (terminated.any(1) | truncated) & (self._endless | self._goes_on)
         obs = last_obs
-        if self._rules.auto_reset and bool(ended.any()):
-            self._begin(ended)
+        if self._rules.auto_reset and bool(beginning.any()):
+            self._begin(beginning)
             obs = self._observe()
         intervened = torch.zeros(n, horizon, dtype=torch.bool, device=action.device)
         return EnvStep(obs, last_obs, reward, terminated, truncated, action, intervened, info)
@@ -199,7 +257,7 @@ class EpisodicEnv:
         if not bool(torch.isfinite(task_reward).all()):
             self._raise_non_finite("reward", task_reward)
         reward = task_reward - self._task_reward if self._rules.use_rel_reward else task_reward
-        reward = torch.where(running, reward, 0.0)
+        reward = torch.where(running, reward - float(self._rules.use_step_penalty), 0.0)
         self._task_reward = torch.where(running, task_reward, self._task_reward)
         self._success = torch.where(running, outcome.success, self._success)
         self._success_once |= self._success & running
@@ -216,11 +274,10 @@ class EpisodicEnv:
     def _begin(self, rows: Tensor) -> None:
         chosen = rows.nonzero().flatten().tolist()
         for row in chosen:
-            group = (self._first_row + row) // self._rules.group_size
-            name = f"episode/{group}/{self._next_episode[row]}"
-            self._episode_seed[row] = derive_seed(self._root, name) % MAX_SIMULATOR_SEED
+            self._episode_seed[row] = self._starts.seed(self._root, self._first_row + row, self._next_episode[row])
             self._next_episode[row] += 1
         self._simulator.begin(chosen, [self._episode_seed[row] for row in chosen])
+        self._know_starts()
         self._begun = True
         self._running = self._running | rows
         self._steps = torch.where(rows, 0, self._steps)
@@ -228,6 +285,17 @@ class EpisodicEnv:
         self._success_once = self._success_once & ~rows
         self._return = torch.where(rows, 0.0, self._return)
         self._task_reward = torch.where(rows, 0.0, self._task_reward)
+
+    def _know_starts(self) -> None:
+        """What follows from the present episodes' seeds and numbers."""
+        if bool(self._endless.all()) and not self.spaces.tasks:
+            return  # nothing ever changes
+        tasks = [self._starts.task(seed) for seed in self._episode_seed]
+        going = [
+            length is not None and done % length > 0
+            for length, done in zip(self._length, self._next_episode, strict=True)
+        ]
+        self._task, self._goes_on = (torch.tensor(values, device=self._task.device) for values in (tasks, going))
 
     def _info(self) -> dict[str, Tensor]:
         length = self._steps.to(torch.float32)
@@ -238,6 +306,8 @@ class EpisodicEnv:
             "episode/return": self._return.clone(),
             "episode/episode_len": length,
             "episode/reward": self._return / length.clamp(min=1),
+            "task": self._task.clone(),
+            "goes_on": self._goes_on.clone(),
         }
 
     def _observe(self) -> Obs:
@@ -288,8 +358,16 @@ class ReplayedEnv(EpisodicEnv):
 
     _TRACKED = ("_running", "_steps", "_success", "_success_once", "_return", "_task_reward")
 
-    def __init__(self, simulator: Simulator, rules: EpisodeRules, *, seed: int, first_row: int = 0) -> None:
-        super().__init__(simulator, rules, seed=seed, first_row=first_row)
+    def __init__(
+        self,
+        simulator: Simulator,
+        rules: EpisodeRules,
+        *,
+        seed: int,
+        first_row: int = 0,
+        starts: Starts | None = None,
+    ) -> None:
+        super().__init__(simulator, rules, seed=seed, first_row=first_row, starts=starts)
         self._played = torch.zeros(rules.max_episode_steps, self.num_envs, self.spaces.action_dim)
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,6 +397,7 @@ class ReplayedEnv(EpisodicEnv):
         self._root = state["root"]
         self._next_episode, self._episode_seed = list(state["next_episode"]), list(state["episode_seed"])
         self._simulator.begin(range(self.num_envs), self._episode_seed)
+        self._know_starts()
         self._begun = True
         steps = state["tracked"]["_steps"]
         for t, action in enumerate(played):

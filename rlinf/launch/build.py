@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from rlinf.data.demos import check_demos, read_demos
 from rlinf.data.mix import MixedReplay
 from rlinf.data.replay import BOOKKEEPING_BYTES, ReplayBuffer
 from rlinf.envs.config import EnvConfig
+from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.functional.returns import fold_chunk
 from rlinf.launch.algorithm_config import DemoBufferConfig, OptimConfig, PpoConfig, SacConfig
@@ -54,10 +56,23 @@ gradients and Adam's moments in float32.
 
 
 def make_env(
-    env: EnvConfig, *, num_envs: int, seed: int, policy_setup: str | None, render: bool, cores: int | None = None
+    env: EnvConfig,
+    *,
+    num_envs: int,
+    seed: int,
+    policy_setup: str | None,
+    render: bool,
+    cores: int | None = None,
+    first_row: int = 0,
 ) -> VectorEnv:
-    """The environments of one worker and stage, stepped on so many cores (None: all). Imports the simulator."""
+    """The environments of one worker and stage, stepped on so many cores (None: all). Imports the simulator.
+
+    `first_row` is the number of the first of them among all environments of the section: where initial states are dealt
+    out, each worker and stage has to have its own.
+    """
     make = lookup("environment", env.env_type, ENVS)
+    if isinstance(env, LiberoConfig):
+        make = partial(make, first_row=first_row)
     return make(
         env,
         num_envs=num_envs,

@@ -16,6 +16,7 @@ from rlinf.core.config import Config
 from rlinf.core.errors import ConfigError
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
+from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.envs.reach import ReachConfig
 from rlinf.launch.algorithm_config import AnyAlgorithm, FsdpConfig, OptimConfig, PpoConfig, SacConfig
@@ -29,7 +30,7 @@ from rlinf.runtime.placement import Plan
 from rlinf.runtime.placement_text import KEY as PLACEMENT
 from rlinf.runtime.routes import check_sources
 
-AnyEnv = Annotated[ManiSkillConfig | FrankaSimConfig | ReachConfig, Field(discriminator="env_type")]
+AnyEnv = Annotated[ManiSkillConfig | FrankaSimConfig | LiberoConfig | ReachConfig, Field(discriminator="env_type")]
 AnyModel = Annotated[
     FlowPolicyConfig | MlpPolicyConfig | CnnPolicyConfig | MlpActorCriticConfig,
     Field(discriminator="model_type"),
@@ -439,6 +440,12 @@ def _env_problems(section: str, env: EnvConfig, root: Root) -> Iterator[tuple[st
             "env.eval.max_steps_per_rollout_epoch",
             f"env.eval.max_steps_per_rollout_epoch ({env.max_steps_per_rollout_epoch}) is less than "
             f"env.eval.max_episode_steps ({env.max_episode_steps}): no episode would come to its end; raise it",
+        )
+    if isinstance(env, LiberoConfig) and env.is_eval and section == "env.train":
+        yield (
+            "env.train.is_eval",
+            "env.train.is_eval: only an evaluation comes to an end; write it under env.eval, and "
+            "use_ordered_reset_state_ids: True here to go through all reset ids again and again",
         )
     if isinstance(env, ManiSkillConfig):
         try:

@@ -181,6 +181,7 @@ def build_evaluator(
         num_recorded=min(section.video_cfg.max_envs, envs_per_worker) if filming else 0,
         fps=section.video_cfg.fps,
         mode=mode,
+        tasks=spaces.tasks,
     )
 
 
@@ -217,7 +218,7 @@ def _env_worker(
     train, stages = config.env.train, config.rollout.pipeline_stage_num
     seed = _seed_of_rank(derive_seed(config.runner.seed, f"env/{train.seed}"), rank)
     cores = cores_for_training_envs(config, layout.beside(layout.env[rank]))
-    envs = _make_stages(config, train, len(layout.env), seed, stages, render=False, cores=cores)
+    envs = _make_stages(config, train, rank, len(layout.env), seed, stages, render=False, cores=cores)
     return EnvWorker(
         rank,
         envs,
@@ -239,7 +240,7 @@ def _eval_worker(
     assert section is not None
     filming, seed = section.video_cfg.save_video, _seed_of_rank(section.seed, rank)
     cores = max(1, num_cores() // layout.beside(layout.env[rank]).envs)
-    envs = _make_stages(config, section, len(layout.env), seed, 1, render=filming, cores=cores)
+    envs = _make_stages(config, section, rank, len(layout.env), seed, 1, render=filming, cores=cores)
     if filming and section.video_cfg.info_on_video:
         envs = [CaptionedEnv(env) for env in envs]
     return EnvWorker(
@@ -322,15 +323,17 @@ def _seed_of_rank(seed: int, rank: int) -> int:
 
 
 def _make_stages(
-    config: Root, env: EnvConfig, ranks: int, seed: int, stages: int, *, render: bool, cores: int | None = None
+    config: Root, env: EnvConfig, rank: int, ranks: int, seed: int, stages: int, *, render: bool, cores: int
 ) -> list[VectorEnv]:
     made: list[VectorEnv] = []
+    num_envs = env.total_num_envs // (ranks * stages)
     try:
         for stage in range(stages):
             made.append(  # noqa: PERF401  what was made must be known when the next one fails
                 make_env(
                     env,
-                    num_envs=env.total_num_envs // (ranks * stages),
+                    num_envs=num_envs,
+                    first_row=(rank * stages + stage) * num_envs,
                     seed=derive_seed(seed, f"stage/{stage}"),
                     policy_setup=config.actor.model.policy_setup,
                     render=render,

@@ -13,6 +13,7 @@ import torch
 from rlinf.core.errors import MissingDependency
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
+from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
 from rlinf.launch.config import Root
 from rlinf.launch.cpu import BF16_FLAGS, cpu_flags
@@ -144,7 +145,7 @@ def cores_for_training_envs(config: Root, here: Neighbours = ALONE) -> int:
 def simulates_on_cpu(env: EnvConfig) -> bool:
     """Whether stepping keeps CPU cores busy."""
     if not isinstance(env, ManiSkillConfig):
-        return isinstance(env, FrankaSimConfig)
+        return isinstance(env, FrankaSimConfig | LiberoConfig)
     backend = env.init_params.sim_backend
     return backend == "cpu" or (backend == "auto" and not torch.cuda.is_available())
 

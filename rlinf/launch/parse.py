@@ -311,7 +311,10 @@ def _unknown_key(path: str, tree: dict[str, Any]) -> str:
     if remedy is not None:
         return f"not used here; {remedy}"
     if path in key_paths(Root):
-        return f"not a key of {_chosen_member(path, tree)}"
+        inside = get(tree, path)
+        retired = {key: remedy_for(f"{path}.{key}") for key in (inside if isinstance(inside, dict) else ())}
+        remedies = "".join(f"; {key}: {remedy}" for key, remedy in retired.items() if remedy is not None)
+        return f"not a key of {_chosen_member(path, tree)}{remedies}"
     suggestion = suggest(path, tree)
     if suggestion is not None:
         return f"unknown key; did you mean {suggestion}?"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rlinf.core.errors import ConfigError, MissingDependency
+from rlinf.envs.libero.config import LiberoConfig
 from rlinf.launch.run import evaluate_run, load_run_config, video_directory
 from rlinf.metrics.video import write_video
 
@@ -42,7 +43,10 @@ def play_run(
     ]
     overrides += [f"env.eval.seed={seed}"] if seed is not None else []
     overrides += [f"runner.ckpt_path={checkpoint}"] if checkpoint is not None else []
-    folder = video_directory(load_run_config(run_dir, overrides), run_dir)
+    config = load_run_config(run_dir, overrides)
+    if isinstance(config.env.eval, LiberoConfig) and config.env.eval.is_eval:
+        overrides.append("env.eval.is_eval=False")  # a few episodes, not all of the suite
+    folder = video_directory(config, run_dir)
     film = _Film(folder, output)
     metrics = evaluate_run(run_dir, overrides, reporter=film, mode="train" if stochastic else "eval")
     if film.frames is None:

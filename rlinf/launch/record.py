@@ -24,12 +24,15 @@ from rlinf.data.demos import DemoMeta, check_demos, read_demos, write_demos
 from rlinf.data.trajectory import TrajectoryBuilder
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
+from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
 from rlinf.launch.build import control_mode_of, make_env
 from rlinf.launch.config import Root
 from rlinf.launch.demonstrators import Demonstrator, ScriptedExpert, SeeingExpert, TrainedPolicy, env_seed
 
 MAX_FAILED_ROUNDS = 20
+UNSEEN_PIXELS = 8
+"""Size of pictures that nobody looks at."""
 
 
 class Store(Protocol):
@@ -154,6 +157,8 @@ def with_full_state(env: EnvConfig) -> EnvConfig | None:
     """The environment that shows what a scripted expert must know where `env` hides it behind pictures, else None."""
     if isinstance(env, FrankaSimConfig) and env.gym_id == "PandaPickCubeVision-v0":
         return env.model_copy(update={"gym_id": "PandaPickCube-v0", "obs_mode": None})
+    if isinstance(env, LiberoConfig):
+        return env.model_copy(update={"show_objects": True, "image_size": UNSEEN_PIXELS})
     return None
 
 
@@ -243,4 +248,6 @@ def select_envs(trajectory: Trajectory, envs: Tensor) -> Trajectory:
 
 def task_of(env: EnvConfig) -> str:
     """What the simulator calls the task."""
+    if isinstance(env, LiberoConfig):
+        return env.task_suite_name
     return env.init_params.id if isinstance(env, ManiSkillConfig) else env.env_type

@@ -40,7 +40,7 @@ TASK_TEXTS = {
     "reach": "Move the point onto the target.",
 }
 """What a policy is told where the environment gives no instruction."""
-FRANKASIM_STEPS_PER_S = 50
+STEPS_PER_S = {"frankasim": 50, "libero": 20}
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,6 @@ def frames_per_second(env: EnvConfig, asked_for: int | None) -> int:
         return asked_for
     if isinstance(env, ManiSkillConfig):
         return env.init_params.sim_config.control_freq
-    if env.env_type == "frankasim":
-        return FRANKASIM_STEPS_PER_S
+    if env.env_type in STEPS_PER_S:
+        return STEPS_PER_S[env.env_type]
     raise ConfigError(f"{env.env_type} has no rate of control: say how many frames a second has with --fps N")

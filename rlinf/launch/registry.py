@@ -11,6 +11,7 @@ from rlinf.core.errors import ConfigError
 
 ENVS: Mapping[str, str] = {
     "frankasim": "rlinf.envs.frankasim.env:make",
+    "libero": "rlinf.envs.libero.env:make",
     "maniskill": "rlinf.envs.maniskill.env:make",
     "reach": "rlinf.envs.reach:make",
 }
@@ -18,6 +19,7 @@ ENVS: Mapping[str, str] = {
 
 EXPERTS: Mapping[str, str] = {
     "frankasim": "rlinf.envs.frankasim.expert:PickCubeExpert",
+    "libero_spatial": "rlinf.envs.libero.expert:BowlExpert",
     "PickCube-v1": "rlinf.envs.maniskill.expert:PickCubeExpert",
 }
 """Task → class of a scripted demonstrator, made with (noise_std, generator) and asked with act(state [N, S])."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from rlinf.core.seeding import derive_seed
 from rlinf.metrics.video import tile
 from rlinf.runners.crew import Reporter
 from rlinf.runtime.local import STOP_TIMEOUT_S, Group, Handle, Weights
-from rlinf.workers.env_worker import EnvWorker, Evaluation, merge_episode_means
+from rlinf.workers.env_worker import EnvWorker, Evaluation, merge_episode_means, task_prefix
 from rlinf.workers.rollout_worker import RolloutWorker
 
 
@@ -54,7 +55,8 @@ class Evaluator:
         env, rollout: groups with channels of their own, but with the `stop` flag of the crew.
         weights: what `rollout` acts with. A synchronous run gives those that the learner publishes on; an
             asynchronous one others, onto which `pin` takes over what is to be evaluated.
-        episodes_per_env: every environment plays exactly so many episodes.
+        episodes_per_env: every environment plays exactly so many episodes, or so often all of its list of initial
+            states where it has one.
         chunks: the most action chunks that an episode may take.
         seed: derives the initial states.
         same_episodes: whether every evaluation starts from the same initial states, which makes evaluations
@@ -62,6 +64,7 @@ class Evaluator:
         num_recorded: pictures of so many environments of the first worker become a video; 0 for none.
         fps: pictures per second of that video; one picture is taken per action chunk.
         mode: `eval`: the deterministic policy; `train`: with its exploration.
+        tasks: their names, where episodes are of several; success is then also counted for each.
     """
 
     env: Group[EnvWorker]
@@ -74,6 +77,7 @@ class Evaluator:
     num_recorded: int = 0
     fps: float = 20.0
     mode: Mode = "eval"
+    tasks: Sequence[str] = ()
 
     def pin(self, weights: Weights) -> None:
         """Evaluate from now on what is published on `weights` at this moment."""
@@ -112,10 +116,23 @@ def run_eval(evaluator: Evaluator, reporter: Reporter, *, step: int) -> dict[str
     try:
         metrics = evaluator.run(reporter, step)
         reporter.log(step, metrics)
+        for line in task_table(metrics, evaluator.tasks):
+            reporter.note(line)
     finally:
         for problem in evaluator.close():
             reporter.note(problem)
     return metrics
+
+
+def task_table(metrics: Mapping[str, float], tasks: Sequence[str]) -> list[str]:
+    """One line for each task that was played: how many of its episodes were a success."""
+    lines = []
+    for task, name in enumerate(tasks):
+        played = metrics.get(f"eval/{task_prefix(task)}num_episodes", 0.0)
+        if played:
+            solved = metrics[f"eval/{task_prefix(task)}success_once"] * played
+            lines.append(f"task {task:02d}: {solved:.0f} of {played:.0f} solved: {name}")
+    return lines
 
 
 def _evaluate(worker: EnvWorker, job: tuple[int, int, int, int]) -> Evaluation:

@@ -24,6 +24,7 @@ from rlinf.workers.finite import non_finite
 
 EPISODE = "episode/"
 """Prefix of the entries of EnvStep.info that describe a finished episode."""
+SUCCESS = f"{EPISODE}success_once"
 
 Source = tuple[int, int]
 
@@ -42,11 +43,12 @@ class Resumable(Protocol):
 
 
 class EpisodeMean:
-    """Mean of every `episode/<name>` over the episodes that were added."""
+    """Mean of every `episode/<name>` over the episodes that were added; of success also for each of `num_tasks`."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_tasks: int = 0) -> None:
         self.num_episodes = 0
         self._sums: dict[str, float] = {}
+        self._tasks = {task: EpisodeMean() for task in range(num_tasks)}
 
     def add(self, info: dict[str, Tensor], rows: Tensor) -> None:
         """Take in the episodes that ended in `rows`, bool [N]."""
@@ -57,21 +59,43 @@ class EpisodeMean:
             if key.startswith(EPISODE):
                 name = key.removeprefix(EPISODE)
                 self._sums[name] = self._sums.get(name, 0.0) + float(value[rows].double().sum())
+        if self._tasks:
+            success, tasks = info[SUCCESS].cpu(), info["task"].cpu()
+            for task in tasks[rows].unique().tolist():
+                self._tasks[task].add({SUCCESS: success}, rows & (tasks == task))
 
     def mean(self) -> dict[str, float]:
-        """Means by name, and `num_episodes`; nothing but that when there were none."""
+        """Means by name, and `num_episodes`; nothing but that when there were none. Those of a task have a prefix."""
         means = {name: total / self.num_episodes for name, total in self._sums.items()}
-        return means | {"num_episodes": float(self.num_episodes)}
+        means["num_episodes"] = float(self.num_episodes)
+        for task, episodes in self._tasks.items():
+            if episodes.num_episodes:
+                means |= {task_prefix(task) + name: value for name, value in episodes.mean().items()}
+        return means
+
+
+def task_prefix(task: int) -> str:
+    """What the tags of one task of several begin with."""
+    return f"task_{task:02d}/"
 
 
 def merge_episode_means(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over all episodes from the means of several workers, each weighted by its `num_episodes`."""
-    total = sum(part["num_episodes"] for part in parts)
-    merged = {"num_episodes": total}
+    """The mean over all episodes from the means of several workers, each weighted by its `num_episodes`.
+
+    Means with a prefix are weighted by the `num_episodes` of the same prefix.
+    """
+    totals: dict[str, float] = {}
+    for part in parts:
+        for name, count in part.items():
+            if name.endswith("num_episodes"):
+                totals[name] = totals.get(name, 0.0) + count
+    merged = dict(totals)
     for part in parts:
         for name, mean in part.items():
-            if name != "num_episodes":
-                merged[name] = merged.get(name, 0.0) + mean * part["num_episodes"] / total
+            if name not in totals:
+                prefix, slash, _ = name.rpartition("/")
+                own = f"{prefix}{slash}num_episodes"
+                merged[name] = merged.get(name, 0.0) + mean * part[own] / totals[own]
     return merged
 
 
@@ -172,16 +196,17 @@ class EnvWorker:
         """Play exactly `episodes_per_env` episodes in every environment, each begun by a seeded reset.
 
         The first episode that an environment finishes after a reset counts, so that short episodes are not
-        counted more often than long ones. The same seed gives the same initial states.
+        counted more often than long ones; of an environment with a list of initial states (`goes_on`) each on the list
+        does. The same seed gives the same initial states.
 
         An episode may take `chunks` action chunks; RlinfError is raised when one takes longer. The pictures
         of `num_recorded` environments of the first stage are returned too.
         """
-        episodes, frames = EpisodeMean(), []
+        episodes, frames = EpisodeMean(len(self.stages[0].spaces.tasks)), []
         for epoch in range(episodes_per_env):
             seeds = [derive_seed(seed, f"{rank}/{stage}/{epoch}") for rank, stage in self._sources]
             self._current = [self._reset(stage, s) for stage, s in enumerate(seeds)]
-            recorded = self._play_first_episodes(chunks, episodes, num_recorded if epoch == 0 else 0)
+            recorded = self._play_counted_episodes(chunks, episodes, num_recorded if epoch == 0 else 0)
             frames += recorded
             if self.stop.is_set():
                 break
@@ -189,12 +214,14 @@ class EnvWorker:
         self._current, self._continues = [], False
         return Evaluation(episodes.mean(), np.stack(frames) if frames else None)
 
-    def _play_first_episodes(self, chunks: int, episodes: EpisodeMean, num_recorded: int) -> list[np.ndarray]:
+    def _play_counted_episodes(self, chunks: int, episodes: EpisodeMean, num_recorded: int) -> list[np.ndarray]:
         playing = [torch.ones(env.num_envs, dtype=torch.bool) for env in self.stages]
+        taken = [torch.zeros(env.num_envs, dtype=torch.int64) for env in self.stages]  # chunks of this episode
+        filmed = playing[0].clone()  # still in their first episode
         frames: list[np.ndarray] = []
-        for _ in range(chunks):
-            if num_recorded:
-                self._record(frames, num_recorded, playing[0])
+        while True:
+            if num_recorded and bool(filmed.any()):
+                self._record(frames, num_recorded, filmed)
             # Every stage asks until the last one is through: the policy serves them in turn and would wait.
             for stage, obs in enumerate(self._current):
                 self._ask(stage, obs)
@@ -203,15 +230,19 @@ class EnvWorker:
                 self._current[stage] = step.obs
                 done = step.done.cpu()
                 episodes.add(step.info, done & playing[stage])
-                playing[stage] &= ~done
+                playing[stage] &= ~done | _goes_on(step)
+                taken[stage] = torch.where(done, 0, taken[stage] + 1)
+                if stage == 0:
+                    filmed &= ~done
             if self.stop.is_set() or not any(bool(rows.any()) for rows in playing):
                 return frames
-        unfinished = sum(int(rows.sum()) for rows in playing)
-        raise RlinfError(
-            f"evaluation: {unfinished} episodes of env worker {self.rank} did not end within "
-            f"{chunks * self.num_action_chunks} steps; raise env.eval.max_steps_per_rollout_epoch "
-            "to at least env.eval.max_episode_steps"
-        )
+            late = sum(int((rows & (age >= chunks)).sum()) for rows, age in zip(playing, taken, strict=True))
+            if late:
+                raise RlinfError(
+                    f"evaluation: {late} episodes of env worker {self.rank} did not end within "
+                    f"{chunks * self.num_action_chunks} steps; raise env.eval.max_steps_per_rollout_epoch "
+                    "to at least env.eval.max_episode_steps"
+                )
 
     def _record(self, frames: list[np.ndarray], num_recorded: int, playing: Tensor) -> None:
         pictures = self.stages[0].render()
@@ -303,3 +334,9 @@ class EnvWorker:
     def _finish(self) -> None:
         for source in self._sources:
             self.obs.put(None, key=source)
+
+
+def _goes_on(step: EnvStep) -> Tensor:
+    """bool [N] on the CPU: rows whose next episode counts, too."""
+    goes_on = step.info.get("goes_on")
+    return torch.zeros_like(step.done).cpu() if goes_on is None else goes_on.cpu()

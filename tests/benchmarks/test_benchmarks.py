@@ -433,6 +433,14 @@ def test_frankasim_steps_prints_its_tables():
 
 @pytest.mark.sim
 @pytest.mark.slow
+def test_libero_steps_prints_its_table():
+    out = output_of("libero_steps.py")
+    assert_fits(out.partition("\n\n")[2])
+    assert "rlinf      1 proc, 2 envs, H=5" in out
+
+
+@pytest.mark.sim
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["maniskill_sac_flow_state", "frankasim_ppo_mlp"])
 def test_time_to_success_runs_a_recipe_and_its_peer(recipe, tmp_path):
     words = ["--recipe", recipe, "--out", str(tmp_path / "results.jsonl"), *(["--peer", "sb3"] if HAS_PEER else [])]

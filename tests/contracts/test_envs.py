@@ -13,6 +13,7 @@ from rlinf.core.errors import NonFiniteError, ShapeError
 from rlinf.core.protocols import VectorEnv
 from rlinf.envs import reach
 from rlinf.envs.frankasim.config import FrankaSimConfig
+from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
 
 N, LIMIT = 3, 4
@@ -27,6 +28,19 @@ needs_frankasim = [
     pytest.mark.sim,
     pytest.mark.skipif(importlib.util.find_spec("gym_hil") is None, reason="gym-hil is not installed"),
 ]
+
+needs_libero = [
+    pytest.mark.sim,
+    pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed"),
+]
+
+LIBERO_RULES = {
+    "use_standin_assets": True,
+    "use_step_penalty": True,
+    "specific_reset_id": 0,  # seeds still differ in where the fixtures stand
+    "image_size": 32,
+    "num_steps_wait": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,10 @@ class Kind:
             from rlinf.envs.frankasim.env import make
 
             return make(FrankaSimConfig(gym_id=self.task, image_size=32, **keys), control_mode=None, **shared)
+        if self.name == "libero":
+            from rlinf.envs.libero.env import make
+
+            return make(LiberoConfig(**(LIBERO_RULES | keys)), control_mode=None, **shared)
         from rlinf.envs.maniskill.env import make
 
         config = ManiSkillConfig(stepping=self.stepping, init_params={"sim_backend": "cpu"}, **keys)
@@ -59,6 +77,7 @@ KINDS = [
     pytest.param(Kind("maniskill", 0, "maniskill"), id="general", marks=needs_maniskill),
     pytest.param(Kind("frankasim", task="PandaPickCube-v0"), id="frankasim", marks=needs_frankasim),
     pytest.param(Kind("frankasim", task=VISION), id="vision", marks=needs_frankasim),
+    pytest.param(Kind("libero"), id="libero", marks=needs_libero),
     pytest.param(Kind("maniskill", 2, "fast"), id="processes", marks=needs_maniskill),
     pytest.param(Kind("frankasim", 2, task=VISION), id="vision-processes", marks=needs_frankasim),
 ]
@@ -66,6 +85,8 @@ KINDS = [
 
 IN_PROCESS = [kind for kind in KINDS if kind.values[0].num_workers == 0]
 """For tests of rules: processes keep the same ones, and are slow to start."""
+PAID = [kind for kind in IN_PROCESS if kind.id != "libero"]
+"""Those that pay something else than success and the step penalty."""
 
 _open: dict[tuple, VectorEnv] = {}
 
@@ -238,7 +259,7 @@ def test_groups_begin_in_the_same_state(made):
     assert not torch.equal(state[0], state[2])
 
 
-@pytest.mark.parametrize("kind", IN_PROCESS)
+@pytest.mark.parametrize("kind", PAID)
 def test_relative_reward_telescopes_and_scale_is_applied_last(made):
     plain, relative = made(), made(use_rel_reward=True, reward_scale=2.0)
     plain.reset(0), relative.reset(0)

@@ -112,8 +112,9 @@ def test_the_choice_is_made_before_mujoco_is_imported():
     code = """
 import sys
 from rlinf.core.errors import MissingDependency
+from rlinf.envs import opengl
 from rlinf.envs.frankasim import scene
-scene.choose_device = lambda: print("chosen", "mujoco" in sys.modules)
+opengl.choose_device = lambda: print("chosen", "mujoco" in sys.modules)
 try:
     scene.import_mujoco()
     scene.import_mujoco()

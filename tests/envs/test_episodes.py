@@ -76,6 +76,23 @@ def test_terminating_at_the_time_limit_is_no_truncation():
     assert step.truncated.tolist() == [False, True]
 
 
+def test_every_step_costs_one_until_success():
+    env = env_of(2, use_step_penalty=True, max_episode_steps=3)
+    env.reset()
+    nothing, success = (0.0, 0, 0), (1.0, 1, 0)
+    step = env.step(chunk([nothing, success, nothing], [nothing, nothing, nothing]))
+    assert step.reward.tolist() == [[-1, 0, 0], [-1, -1, -1]], "nothing is paid for what is not played"
+    assert step.info["episode/return"].tolist() == [-1, -3]
+    assert (step.terminated.any(1).tolist(), step.truncated.tolist()) == ([True, False], [False, True])
+
+
+def test_the_penalty_comes_after_differences_and_before_the_scale():
+    env = env_of(1, use_step_penalty=True, use_rel_reward=True, reward_scale=0.5)
+    env.reset()
+    step = env.step(chunk([(3.0, 0, 0), (5.0, 0, 0)]))
+    assert step.reward.tolist() == [[0.5 * (3 - 1), 0.5 * (2 - 1)]]
+
+
 def test_ignored_terminations_are_recorded():
     env = env_of(1, ignore_terminations=True)
     env.reset()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rlinf.core.errors import NonFiniteError, RlinfError, ShapeError
+from rlinf.runners.evaluate import task_table
 from rlinf.runtime.local import Weights
 from rlinf.workers.env_worker import EnvWorker, Resumable, merge_episode_means
 from tests.fakes import (
@@ -35,6 +36,17 @@ def test_merged_means_weigh_every_episode_equally():
     parts = [{"num_episodes": 1.0, "return": 4.0}, {"num_episodes": 0.0}, {"num_episodes": 3.0, "return": 8.0}]
     assert merge_episode_means(parts) == {"num_episodes": 4.0, "return": 7.0}
     assert merge_episode_means([{"num_episodes": 0.0}]) == {"num_episodes": 0.0}
+
+
+def test_merged_means_of_a_task_weigh_its_own_episodes():
+    parts = [
+        {"num_episodes": 3.0, "success_once": 1 / 3, "task_00/num_episodes": 1.0, "task_00/success_once": 1.0},
+        {"num_episodes": 3.0, "success_once": 0.0, "task_00/num_episodes": 3.0, "task_00/success_once": 0.0},
+    ]
+    merged = merge_episode_means(parts)
+    assert merged["success_once"] == pytest.approx(1 / 6)
+    assert merged["task_00/success_once"] == pytest.approx(1 / 4)
+    assert merged["task_00/num_episodes"] == 4
 
 
 def test_without_automatic_reset_only_the_first_episode_of_a_segment_counts():
@@ -104,6 +116,64 @@ def test_an_episode_longer_than_the_evaluation_is_an_error():
     evaluator = build_evaluator([[CountingEnv(3)]], CountingActor(), Weights(), episodes_per_env=1, chunks=3, seed=0)
     with pytest.raises(RlinfError, match=r"1 episodes of env worker 0 did not end within 6 steps; raise env\.eval"):
         evaluator.run(RecordingReporter(), 0)
+
+
+class ListEnv(CountingEnv):
+    """A CountingEnv whose environment i has a list of 1 + i episodes, of the tasks 0, 1, 2, 0 ... in turn."""
+
+    def __init__(self, num_envs, first=0):
+        super().__init__(num_envs, first)
+        self.spaces = replace(self.spaces, tasks=("push", "pull", "turn"))
+        self.ended = torch.zeros(num_envs)
+
+    def reset(self, seed=None):
+        self.ended = torch.zeros(self.num_envs)
+        return super().reset(seed)
+
+    def step(self, action):
+        step = super().step(action)
+        number = self.ended.clone()
+        self.ended += step.truncated
+        info = {
+            "task": (self.ids + number).long() % 3,
+            "goes_on": self.ended < 1 + self.ids,
+            "episode/success_once": (self.ids + number).long() % 2 == 0,
+        }
+        return replace(step, info=step.info | info)
+
+
+def test_every_episode_of_a_list_counts_once_and_for_its_task():
+    settings = {"episodes_per_env": 1, "chunks": 4, "seed": 7, "tasks": ListEnv(1).spaces.tasks}
+    evaluator = build_evaluator([[ListEnv(2)], [ListEnv(3, first=2)]], CountingActor(), Weights(), **settings)
+    reporter = RecordingReporter()
+    metrics = evaluator.run(reporter, 5)
+    # Environment i plays i + 0, ..., i + i: of 15 episodes, those with an even number are solved.
+    numbers = [i + e for i in range(5) for e in range(1 + i)]
+    assert metrics["eval/num_episodes"] == len(numbers) == 15
+    assert metrics["eval/success_once"] == pytest.approx(sum(n % 2 == 0 for n in numbers) / 15)
+    for task in range(3):
+        own = [n for n in numbers if n % 3 == task]
+        assert metrics[f"eval/task_{task:02d}/num_episodes"] == len(own)
+        assert metrics[f"eval/task_{task:02d}/success_once"] == pytest.approx(sum(n % 2 == 0 for n in own) / len(own))
+    solved = sum(n % 6 == 4 for n in numbers)
+    played = sum(n % 3 == 1 for n in numbers)
+    assert task_table(metrics, evaluator.tasks)[1] == f"task 01: {solved} of {played} solved: pull"
+    assert len(task_table(metrics, evaluator.tasks)) == 3
+    assert task_table({"eval/num_episodes": 3.0}, ()) == []
+
+
+def test_a_list_may_take_longer_than_an_episode_but_its_episodes_may_not():
+    evaluator = build_evaluator(
+        [[ListEnv(4)]], CountingActor(), Weights(), episodes_per_env=1, chunks=3, seed=0, num_recorded=2
+    )
+    with pytest.raises(RlinfError, match=r"1 episodes of env worker 0 did not end within 6 steps"):
+        evaluator.run(RecordingReporter(), 0)  # environment 2 takes four chunks for each
+    evaluator = build_evaluator(
+        [[ListEnv(4)]], CountingActor(), Weights(), episodes_per_env=1, chunks=4, seed=0, num_recorded=2
+    )
+    reporter = RecordingReporter()
+    evaluator.run(reporter, 0)
+    assert len(reporter.videos["eval_step_000000"]) == 4, "only first episodes are filmed"
 
 
 class NaNActor(CountingActor):

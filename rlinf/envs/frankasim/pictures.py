@@ -9,7 +9,6 @@ shadows; in a single pass the floor's texture saturates, so it is made brighter.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -18,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.core.errors import MissingDependency
+from rlinf.envs.coarse_mesh import is_flat, mesh_of, weld
 from rlinf.envs.frankasim.config import Rendering
 from rlinf.envs.frankasim.scene import import_mujoco, scene_file
-
-EGL_COMMAND = "sudo apt-get install --no-install-recommends libegl1 libegl-mesa0 libgl1-mesa-dri"
-SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
+from rlinf.envs.opengl import draws_in_software, free_context, open_context, release_context
 
 CAMERAS = {"front": "front", "wrist": "handcam_rgb"}
 """Name in the observation → camera of the scene."""
@@ -31,8 +28,6 @@ CAMERAS = {"front": "front", "wrist": "handcam_rgb"}
 COLLISION_GROUP = 3
 GRIPPER_MESHES = ("base_mount", "base", "driver", "coupler", "follower", "pad", "silicone_pad", "spring_link")
 ARM_CELL_M, GRIPPER_CELL_M = 0.015, 0.005
-FLAT_M = 1e-4
-"""A welded mesh thinner than this has no volume left, and is left out: screws, lamps, labels."""
 FLOOR_GRID_M = 0.25
 FLOOR_BRIGHTNESS = 1.8
 MAX_DRAWN = 200
@@ -56,9 +51,8 @@ class Painter:
     def __init__(self, physics: Any, width: int, height: int, rendering: Rendering) -> None:
         self._mujoco = mujoco = import_mujoco()
         self._lock = threading.Lock()
-        context = open_context(width, height)
-        software = any(name in renderer_name().lower() for name in SOFTWARE_RENDERERS)
-        self.cheap = rendering == "cheap" or (rendering == "auto" and software)
+        context = open_context(width, height, "take the state: gym_id: PandaPickCube-v0")
+        self.cheap = rendering == "cheap" or (rendering == "auto" and draws_in_software())
         self._model = model = cheap_model(physics) if self.cheap else full_model()
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         self._data = mujoco.MjData(model)
@@ -70,7 +64,7 @@ class Painter:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, buffers)
         self._context = context
         release_context()
-        self._finalizer = weakref.finalize(self, _free, context, buffers)
+        self._finalizer = weakref.finalize(self, free_context, context, [buffers])
 
     def draw(self, worlds: Sequence[Any], camera: str, pictures: np.ndarray) -> None:
         """Fill `pictures`, uint8 [len(worlds), height, width, 3], with what a camera of the scene sees."""
@@ -98,58 +92,6 @@ class Painter:
     def close(self) -> None:
         """Free the context. Calling it twice is allowed."""
         self._finalizer()
-
-
-def _free(context: Any, buffers: Any) -> None:
-    """First what the context holds: freed later, it would tear holes into another context."""
-    context.make_current()
-    buffers.free()
-    release_context()
-    context.free()
-
-
-# ---- OpenGL
-
-
-def open_context(width: int, height: int) -> Any:
-    """MuJoCo's OpenGL context of the kind that MUJOCO_GL names, current in this thread.
-
-    Raises:
-        MissingDependency: there is none.
-    """
-    mujoco = import_mujoco()
-    kind = os.environ.get("MUJOCO_GL", "")
-    try:
-        context = mujoco.GLContext(width, height)
-        context.make_current()
-        renderer_name()
-        return context
-    except Exception as error:  # whichever of OpenGL's, GLFW's or ctypes' own it is
-        chosen = f"MUJOCO_GL={kind}" if kind else "MUJOCO_GL was not set when mujoco was imported"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise MissingDependency(
-            f"no OpenGL to draw pictures with ({chosen}; {reason}): run `{EGL_COMMAND}`, or take the state: "
-            "gym_id: PandaPickCube-v0"
-        ) from error
-
-
-def renderer_name() -> str:
-    """What draws in the current context, as OpenGL calls it. Raises RuntimeError where none is."""
-    from OpenGL import GL
-
-    name = GL.glGetString(GL.GL_RENDERER)
-    if name is None:
-        raise RuntimeError("no OpenGL context is current")
-    return name.decode() if isinstance(name, bytes) else str(name)
-
-
-def release_context() -> None:
-    """Make no context current in this thread, so that another thread may use it."""
-    if os.environ.get("MUJOCO_GL", "").lower() == "egl":
-        from mujoco import egl
-
-        nothing = egl.EGL.EGL_NO_SURFACE
-        egl.EGL.eglMakeCurrent(egl.EGL_DISPLAY, nothing, nothing, egl.EGL.EGL_NO_CONTEXT)
 
 
 # ---- the scene
@@ -190,34 +132,6 @@ def cheap_model(physics: Any) -> Any:
     model.mat_reflectance[:] = 0
     _brighten(model, "grid", FLOOR_BRIGHTNESS)
     return model
-
-
-def mesh_of(model: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices [V, 3] in m in the frame of the mesh's file, and faces [F, 3], of a compiled scene."""
-    mujoco, i = import_mujoco(), model.mesh(name).id
-    vertices = model.mesh_vert[model.mesh_vertadr[i] :][: model.mesh_vertnum[i]].astype(np.float64)
-    faces = model.mesh_face[model.mesh_faceadr[i] :][: model.mesh_facenum[i]]
-    turn = np.zeros(9)
-    mujoco.mju_quat2Mat(turn, model.mesh_quat[i])
-    return vertices @ turn.reshape(3, 3).T + model.mesh_pos[i], faces
-
-
-def weld(vertices: np.ndarray, faces: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
-    """A coarser mesh: the vertices of each cubic cell become their mean, and what is no triangle then is dropped."""
-    _, group = np.unique(np.round(vertices / cell).astype(np.int64), axis=0, return_inverse=True)
-    group = group.ravel()
-    sums = np.stack([np.bincount(group, vertices[:, k]) for k in range(3)], 1)
-    welded = sums / np.bincount(group)[:, None]
-    corners = group[faces]
-    whole = (corners != np.roll(corners, 1, 1)).all(1)
-    corners = corners[whole]
-    _, once = np.unique(np.sort(corners, 1), axis=0, return_index=True)
-    return welded, corners[np.sort(once)]
-
-
-def is_flat(vertices: np.ndarray) -> bool:
-    """Whether points lie nearly in a plane, so that MuJoCo takes them for no mesh."""
-    return len(vertices) < 4 or np.linalg.matrix_rank(vertices - vertices.mean(0), tol=FLAT_M) < 3
 
 
 def _brighten(model: Any, texture: str, factor: float) -> None:

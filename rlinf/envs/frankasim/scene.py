@@ -6,11 +6,8 @@ MuJoCo Menagerie). Nothing is copied, and none of gym-hil's code is imported.
 
 from __future__ import annotations
 
-import ctypes.util
 import functools
 import importlib.util
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlinf.core.errors import MissingDependency
-from rlinf.envs.egl_devices import choose_device
+from rlinf.envs import opengl
 
 INSTALL_COMMAND = "bash requirements/install.sh embodied --env frankasim"
 
@@ -46,20 +43,8 @@ def scene_file() -> Path:
 
 
 def import_mujoco() -> Any:
-    """The module `mujoco`, which draws through EGL, on this process's GPU, unless the user chose.
-
-    Raises MissingDependency without it.
-    """
-    # With MUJOCO_GL=egl and no EGL even the import fails, which state observations need not suffer.
-    if sys.platform == "linux" and "mujoco" not in sys.modules and ctypes.util.find_library("EGL") is not None:
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    if os.environ.get("MUJOCO_GL", "").lower() == "egl" and "mujoco" not in sys.modules:
-        choose_device()
-    try:
-        import mujoco
-    except ImportError as error:
-        raise MissingDependency(f"MuJoCo cannot be imported ({error}); run `{INSTALL_COMMAND}`") from error
-    return mujoco
+    """The module `mujoco`; see `opengl.import_mujoco`."""
+    return opengl.import_mujoco(INSTALL_COMMAND)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ State = Literal["works", "missing", "broken"]
 INSTALL = "bash requirements/install.sh embodied"
 MANISKILL = f"{INSTALL} --env maniskill"
 FRANKASIM = f"{INSTALL} --env frankasim"
+LIBERO = f"{INSTALL} --env libero"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ CHECKS = (
     Check("ffmpeg", "video", INSTALL),
     Check("frankasim", "Franka-Sim", FRANKASIM),
     Check("mujoco", "MuJoCo and EGL", FRANKASIM),
-    Check("libero", "LIBERO", ""),
+    Check("libero", "LIBERO", LIBERO),
     Check("ray", "Ray", ""),
     Check("wandb", "wandb", f'{sys.executable} -m pip install -e ".[wandb]"'),
     Check("swanlab", "SwanLab", f'{sys.executable} -m pip install -e ".[swanlab]"'),

@@ -87,11 +87,10 @@ def vulkan() -> str:
 def mujoco() -> str:
     """MuJoCo and an OpenGL context to draw with, through the code that the environments use."""
     if importlib.util.find_spec("mujoco") is None:
-        raise MissingError("not installed; only Franka-Sim needs it")
-    from rlinf.envs.frankasim.pictures import open_context, release_context, renderer_name
-    from rlinf.envs.frankasim.scene import import_mujoco
+        raise MissingError("not installed; only Franka-Sim and LIBERO need it")
+    from rlinf.envs.opengl import import_mujoco, open_context, release_context, renderer_name
 
-    module = import_mujoco()
+    module = import_mujoco("bash requirements/install.sh embodied --env frankasim")
     context = open_context(32, 32)
     name = renderer_name()
     release_context()
@@ -123,10 +122,21 @@ def maniskill() -> str:
 
 
 def libero() -> str:
-    """LIBERO, found but not imported: its first import asks questions."""
+    """LIBERO's tasks, and where its scenes and objects are."""
     if importlib.util.find_spec("libero") is None:
-        raise MissingError("not installed; no recipe of this version needs it")
-    return "installed"
+        raise MissingError("not installed; only its recipes need it")
+    from rlinf.core.errors import MissingDependency
+    from rlinf.envs.libero.config import LiberoConfig
+    from rlinf.envs.libero.package import find_assets, import_problems, open_suite
+
+    import_problems()
+    suite = open_suite(LiberoConfig(total_num_envs=1, use_standin_assets=True))
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("hf-libero", "robosuite")]
+    try:
+        assets = f"assets in {find_assets(LiberoConfig(total_num_envs=1))}"
+    except MissingDependency:
+        assets = "no assets: env.*.use_standin_assets=True for simple shapes, or see the message of a run without"
+    return f"{', '.join(versions)}, {len(suite.tasks)} tasks in {suite.name}; {assets}"
 
 
 def ray() -> str:

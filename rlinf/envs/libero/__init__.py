@@ -1,0 +1,1 @@
+"""LIBERO's tabletop tasks on robosuite and MuJoCo."""
