@@ -19,6 +19,7 @@ is that of all of them, and so is every step.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -456,6 +457,12 @@ class PPO:
     def acting_weights(self) -> tuple[int, dict[str, Tensor]]:
         """(number of updates, copy of all weights and statistics)."""
         return self.updates, self.data_parallel.copy_of(self.network)
+
+    def trained(self) -> dict[str, Sequence[tuple[str, Tensor]]]:
+        """Named parameters of the policy and of the value function."""
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        parts = {"policy": self.network.policy_parameters(), "value": self.network.value_parameters()}
+        return {part: [(names[id(p)], p) for p in parameters] for part, parameters in parts.items()}
 
     def buffers(self) -> dict[str, Buffer]:
         """None: what was learned from is of no more use."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -35,7 +35,7 @@ from rlinf.algorithms.optimize import OptimizerSettings, Stepper, load_generator
 from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core import tree
-from rlinf.core.protocols import Actor, ActorNetwork, Buffer, Critic, CriticNetwork, Network, RunningStatistics
+from rlinf.core.protocols import ActorNetwork, Buffer, Critic, CriticNetwork, LearnsLater, Network, RunningStatistics
 from rlinf.core.ranks import ONE_RANK, Ranks, share_of
 from rlinf.core.types import Metrics, Obs, Trajectory, Transition
 from rlinf.functional.returns import Bootstrap, fold_chunk
@@ -45,6 +45,14 @@ Aggregate = Literal["min", "mean"]
 DEFAULT_OPTIMIZER = OptimizerSettings()
 
 
+class Samples(Protocol):
+    """The part of an actor that losses use."""
+
+    def sample(self, obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """See core.protocols.Actor."""
+        ...
+
+
 def aggregate(q: Float[Tensor, "E B"], how: Aggregate, subset: Int[Tensor, " M"] | None = None) -> Float[Tensor, " B"]:
     """min_e or mean_e of Q_e, over all critics or over the given ones."""
     q = q if subset is None else q[subset]
@@ -52,7 +60,7 @@ def aggregate(q: Float[Tensor, "E B"], how: Aggregate, subset: Int[Tensor, " M"]
 
 
 def soft_value(
-    actor: Actor,
+    actor: Samples,
     critic: Critic,
     obs: Obs,
     alpha: Tensor,
@@ -76,7 +84,7 @@ def soft_value(
 
 def critic_loss(
     critic: Critic,
-    actor: Actor,
+    actor: Samples,
     target_critic: Critic,
     alpha: Tensor,
     batch: Transition,
@@ -108,7 +116,7 @@ def critic_loss(
 
 
 def actor_loss(
-    actor: Actor,
+    actor: Samples,
     critic: Critic,
     alpha: Tensor,
     batch: Transition,
@@ -161,6 +169,10 @@ class Encoder(Protocol):
         """What the critics' optimizer trains; the rest is frozen."""
         ...
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters by name."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Parameters and buffers by name, the frozen ones included."""
         ...
@@ -186,6 +198,8 @@ class SAC:
         normalizer: running observation statistics to be updated with every observed segment.
         encoder: what raw observations go through before actor and critics see them; None for nothing.
         acting: the network that acts on raw observations, of which `actor` (and `encoder`) are parts; None for `actor`.
+        backup_actor: who decides in the critics' targets; None for `actor`.
+        policy_critic: what the actor maximises; None for `critic`.
         augment: changes the observations of a batch, `obs` and `next_obs` independently; None for no change.
         gamma: discount per environment step.
         batch_size, micro_batch_size: transitions per update, over all ranks, and per forward pass of one.
@@ -215,6 +229,8 @@ class SAC:
         normalizer: RunningStatistics | None = None,
         encoder: Encoder | None = None,
         acting: Network | None = None,
+        backup_actor: Samples | None = None,
+        policy_critic: Critic | None = None,
         augment: Augment | None = None,
         gamma: float = 0.99,
         tau: float = 0.005,
@@ -248,6 +264,8 @@ class SAC:
         self.demo_buffer, self.normalizer = demo_buffer, normalizer
         self.encoder, self.augment = encoder, augment
         self.acting: Network = acting if acting is not None else actor
+        self.backup_actor: Samples = backup_actor if backup_actor is not None else actor
+        self.policy_critic: Critic = policy_critic if policy_critic is not None else critic
         self.gamma, self.tau, self.target_entropy = gamma, tau, target_entropy
         self.batch_size = share_of(batch_size, ranks, "actor.global_batch_size")
         self.min_buffer_size = math.ceil(min_buffer_size / ranks.size)
@@ -300,8 +318,9 @@ class SAC:
 
     def update(self) -> Metrics:
         """One critic step; every `critic_actor_ratio`-th time an actor and a temperature step; track the target."""
-        batches = [self._augmented(batch) for batch in self._micro_batches(self.sampler.sample(self.batch_size))]
-        metrics, batches = self._update_critic(batches)
+        if self.updates == 0 and isinstance(self.actor, LearnsLater):
+            self.actor.begin_learning()
+        metrics, batches = self._update_critic(self.sample())
         if self.updates % self.critic_actor_ratio == 0 and self.updates >= self.actor_delay:
             metrics |= self._update_actor(batches)
         self.updates += 1
@@ -309,22 +328,26 @@ class SAC:
             self.data_parallel.track(self.target_critic, self.critic, self.tau)
         return metrics
 
+    def sample(self) -> list[Transition]:
+        """A new batch on the device, augmented, in micro-batches."""
+        return [self._augmented(batch) for batch in self._micro_batches(self.sampler.sample(self.batch_size))]
+
     def _update_critic(self, batches: Sequence[Transition]) -> tuple[Metrics, list[Transition]]:
         """One step. Returns its statistics and the batches as the critics saw them: encoded, without gradients."""
         alpha, subset = self.temperature().detach(), self._draw_critics()
         seen: list[Transition] = []
 
         def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
-            with self._precision():
+            with self.precision():
                 batch = self._encoded(batch)
                 seen.append(replace(batch, obs=tree.tree_map(_detached, batch.obs)))
                 return self.critic_loss(
                     self.critic,
-                    self.actor,
+                    self.backup_actor,
                     self.target_critic,
                     alpha,
                     batch,
-                    self._draw_noise(batch),
+                    self.draw_noise(batch),
                     agg_q=self.agg_q,
                     subset=subset,
                     entropy=self.backup_entropy,
@@ -337,9 +360,9 @@ class SAC:
         alpha = self.temperature().detach()
 
         def loss_of(batch: Transition) -> tuple[Tensor, Metrics]:
-            with self._precision():
-                noise = self._draw_noise(batch)
-                return self.actor_loss(self.actor, self.critic, alpha, batch, noise, agg_q=self.actor_agg_q)
+            with self.precision():
+                noise = self.draw_noise(batch)
+                return self.actor_loss(self.actor, self.policy_critic, alpha, batch, noise, agg_q=self.actor_agg_q)
 
         stats = self.actor_stepper.descend(loss_of, batches)
         metrics: Metrics = {"sac/actor_loss": stats.pop("actor_loss"), "sac/alpha": alpha}
@@ -394,7 +417,8 @@ class SAC:
             next_obs = self.encoder(batch.next_obs, self.generator)
         return replace(batch, obs=obs, next_obs=next_obs)
 
-    def _draw_noise(self, batch: Transition) -> Tensor:
+    def draw_noise(self, batch: Transition) -> Tensor:
+        """Standard normal numbers [B, *actor.noise_shape]."""
         shape = (len(batch.reward), *self.actor.noise_shape)
         return torch.randn(shape, generator=self.generator, device=self.device)
 
@@ -410,7 +434,8 @@ class SAC:
             drawn = torch.randperm(num_heads, generator=self.generator, device=self.device)[:size]
         return self.ranks.broadcast_(drawn)
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """What losses are computed in."""
         if not self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -418,6 +443,17 @@ class SAC:
     def acting_weights(self) -> tuple[int, dict[str, Tensor]]:
         """(number of updates, copy of the weights and statistics of what acts): never the critics."""
         return self.updates, self.data_parallel.copy_of(self.acting)
+
+    def trained(self) -> dict[str, Sequence[tuple[str, Tensor]]]:
+        """Named parameters of everything that an optimizer moves, by network."""
+        networks = {
+            "actor": self.actor,
+            "critic": self.critic,
+            "encoder": self.encoder,
+            "temperature": self.temperature,
+        }
+        named = {name: list(part.named_parameters()) for name, part in networks.items() if part is not None}
+        return {name: [(key, p) for key, p in part if p.requires_grad] for name, part in named.items()}
 
     def buffers(self) -> dict[str, Buffer]:
         """`replay_buffer`, and `demo_buffer` where there is prior data."""

@@ -71,6 +71,15 @@ class Actor(Protocol):
         ...
 
 
+@runtime_checkable
+class LearnsLater(Protocol):
+    """An actor that acts by something else until learning begins."""
+
+    def begin_learning(self) -> None:
+        """Called once, before the first update."""
+        ...
+
+
 class Critic(Protocol):
     """An ensemble of E action values."""
 
@@ -86,6 +95,10 @@ class Network(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything that is trained."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same by name."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,6 +206,10 @@ class Algorithm(Protocol):
 
     def held(self) -> dict[str, Any]:
         """The very tensors that this rank keeps between updates, to be moved elsewhere and back."""
+        ...
+
+    def trained(self) -> dict[str, Sequence[tuple[str, Tensor]]]:
+        """Named parameters of everything that an optimizer moves, by network; to be told to people."""
         ...
 
     def buffers(self) -> dict[str, Buffer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,14 @@ from torch import Tensor
 
 from rlinf.core import tree
 from rlinf.core.types import ActionOut, EnvStep, Obs, Trajectory
+
+View = Callable[[Obs], Obs]
+"""Whole observations → what of them is kept."""
+
+
+def whole(obs: Obs) -> Obs:
+    """The observation itself."""
+    return obs
 
 
 class TrajectoryBuilder:
@@ -24,16 +33,19 @@ class TrajectoryBuilder:
         auto_reset: whether the environment begins a new episode in the very step that ends one. Without it,
             everything after the end of an episode is marked invalid until a segment starts that does not
             continue.
+        view: what of the observations goes into trajectories. The rest is not held for longer than a step.
     """
 
-    def __init__(self, source: tuple[int, int], auto_reset: bool) -> None:
+    def __init__(self, source: tuple[int, int], auto_reset: bool, view: View = whole) -> None:
         self.source = source
         self.auto_reset = auto_reset
+        self._view = view
         self._continues = False
         self._finished: Tensor | None = None  # bool [N]; only without automatic reset
         self._clear()
 
     def _clear(self) -> None:
+        self._newest: Obs | None = None
         self._obs: list[Obs] = []
         self._outs: list[ActionOut] = []
         self._steps: list[EnvStep] = []
@@ -41,7 +53,8 @@ class TrajectoryBuilder:
     def start(self, obs: Obs, *, continues: bool) -> None:
         """Begin a segment at `obs`. `continues`: it is what the previous segment ended with."""
         self._clear()
-        self._obs.append(obs)
+        self._newest = obs
+        self._obs.append(self._view(obs))
         self._continues = continues
         if not continues:
             self._finished = None
@@ -52,14 +65,17 @@ class TrajectoryBuilder:
         Raises ValueError when `obs` is not the very object that `start` or the last step gave: then somebody
         answered another observation.
         """
-        if not self._obs or obs is not self._obs[-1]:
+        if obs is not self._newest:
             raise ValueError(
                 f"source {self.source}: the observation acted on at step {len(self._steps)} of the segment is "
                 "not the one that the environment gave last."
             )
-        self._obs.append(step.obs)
+        seen = self._view(step.obs)
+        last = seen if step.last_obs is step.obs else self._view(step.last_obs)
+        self._newest = step.obs
+        self._obs.append(seen)
         self._outs.append(out)
-        self._steps.append(step)
+        self._steps.append(replace(step, obs=seen, last_obs=last))
 
     def build(self) -> Trajectory:
         """The segment so far; `start` begins the next one. Raises ValueError when it has no step."""

@@ -68,6 +68,31 @@ class ReachWorlds:
         """Nothing to free."""
 
 
+class ReachExpert:
+    """π(state): straight to the target. A function of the present state alone.
+
+    Args:
+        noise_std: standard deviation of Gaussian noise on the action, before clipping.
+        generator: source of the noise; needed if there is any.
+        max_speed: as that of the environment.
+    """
+
+    def __init__(
+        self, noise_std: float = 0.0, generator: np.random.Generator | None = None, *, max_speed: float = 0.2
+    ) -> None:
+        if noise_std > 0 and generator is None:
+            raise ValueError("a noisy expert needs a generator")
+        self._noise_std, self._generator, self._max_speed = noise_std, generator, max_speed
+
+    def act(self, state: np.ndarray) -> np.ndarray:
+        """Actions float32 [N, dim] in [−1, 1] for states float32 [N, 2 · dim]."""
+        point, target = np.split(state, 2, axis=1)
+        action = (target - point) / self._max_speed
+        if self._generator is not None:
+            action = action + self._noise_std * self._generator.standard_normal(action.shape)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+
 def make(
     config: ReachConfig, *, num_envs: int, seed: int, control_mode: str | None, num_workers: int, render: bool
 ) -> ReplayedEnv:

@@ -7,6 +7,7 @@ density of x_K alone is not available in closed form.
 References:
     [1] SAC Flow, arXiv:2509.25756, noise-augmented rollout.
     [2] Flow-GRPO, arXiv:2505.05470: the same corrected step, written in diffusion time 1 − t.
+    [3] Flow matching: Lipman et al. 2022, arXiv:2210.02747; rectified flow: Liu et al. 2022, arXiv:2209.03003.
 
     B batch, A flattened action, K denoising steps
 """
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,6 +39,14 @@ class Path(NamedTuple):
 
     end: Tensor
     log_prob: Tensor
+
+
+def straight_path(
+    noise: Float[Tensor, "B ..."], action: Float[Tensor, "B ..."], t: Float[Tensor, " B"]
+) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
+    """x_t = (1 − t) x_0 + t x_1 and its velocity x_1 − x_0, which flow matching regresses on.      [3]"""
+    t = t.view(-1, *(1,) * (noise.ndim - 1))
+    return torch.lerp(noise, action, t), action - noise
 
 
 def score(x: Float[Tensor, "B A"], velocity: Float[Tensor, "B A"], t: float) -> Float[Tensor, "B A"]:

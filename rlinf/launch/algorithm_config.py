@@ -130,6 +130,14 @@ class SacConfig(Config):
         description="Images of every batch are shifted by up to so many pixels each way, at random (DrQ); 0: not at "
         "all. `enable_drq: True` is another name of 4.",
     )
+    noise_aliasing: bool = Field(
+        False,
+        description="DSRL-NA, for policies that steer a decoder: critics judge actions, and a critic of noise learns "
+        "from them what each noise leads to. Fewer environment steps for more computation.",
+    )
+    noise_critic_steps: PositiveInt = Field(
+        1, description="With noise_aliasing: steps of the critic of noise in each update."
+    )
     entropy_tuning: EntropyTuningConfig = Field(default_factory=EntropyTuningConfig, description="Temperature.")
     replay_buffer: ReplayBufferConfig = Field(default_factory=ReplayBufferConfig, description="Replay buffer.")
     demo_buffer: DemoBufferConfig | None = Field(None, description="Demonstrations in every batch; null: none.")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlinf.algorithms.augment import RandomShift
+from rlinf.algorithms.dsrl_na import DecodedActor, NoiseAliasing
 from rlinf.algorithms.optimize import OptimizerSettings
 from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.algorithms.ppo import PPO
@@ -37,15 +38,20 @@ from rlinf.launch.algorithm_config import DemoBufferConfig, OptimConfig, PpoConf
 from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.machine import num_simulator_processes, runs_in_bf16
 from rlinf.launch.registry import ENVS, lookup
+from rlinf.launch.steering import build_steering, decision_dim, learner_view
 from rlinf.models.embodiment.cnn_policy import CnnPolicy, CnnPolicyConfig, build_cnn_policy
+from rlinf.models.embodiment.dsrl_policy import DsrlFlowConfig, steering_keys
 from rlinf.models.embodiment.flow_policy import FlowPolicy, FlowPolicyConfig, build_flow_policy
 from rlinf.models.embodiment.image_encoder import ImageEncoder
+from rlinf.models.embodiment.latent_policy import LatentCritic, LatentPolicy
 from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic, MlpActorCriticConfig, build_mlp_actor_critic
 from rlinf.models.embodiment.mlp_policy import MlpPolicy, build_mlp_policy
+from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 from rlinf.models.embodiment.state_critic import StateCritic
+from rlinf.models.modules.compact_view import viewed_spaces
 from rlinf.models.modules.running_norm import RunningNorm
 
-Policy = FlowPolicy | MlpPolicy | CnnPolicy | MlpActorCritic
+Policy = FlowPolicy | MlpPolicy | CnnPolicy | MlpActorCritic | LatentPolicy
 
 SHARED_OUT_FROM = 500_000_000
 """Trained parameters, of which several learners with `strategy: auto` keep a share each. So many take 8 GB: weights,
@@ -107,12 +113,13 @@ def check_spaces(config: Root, spaces: EnvSpaces) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Networks:
     """Everything with weights. PPO's value function is part of its policy, so there is no critic; the normaliser is
-    shared by both, or None.
+    shared by both, or None. A critic of noise stands beside one of actions (DSRL-NA).
     """
 
     actor: Policy
-    critic: StateCritic | None
+    critic: StateCritic | LatentCritic | None
     normalizer: RunningNorm | None
+    noise_critic: LatentCritic | None = None
 
     @property
     def encoder(self) -> ImageEncoder | None:
@@ -120,8 +127,11 @@ class Networks:
         return self.actor.encoder if isinstance(self.actor, CnnPolicy) else None
 
 
-def build_networks(config: Root, spaces: EnvSpaces) -> Networks:
-    """Fresh networks on the CPU; their weights are a function of runner.seed and actor.seed."""
+def build_networks(config: Root, spaces: EnvSpaces, *, acts: bool = True) -> Networks:
+    """Fresh networks on the CPU; their weights are a function of runner.seed and actor.seed.
+
+    Without `acts`, a policy may lack what only acting needs.
+    """
     model = config.actor.model
     obs_dim, action_dim = check_spaces(config, spaces)
     with torch.random.fork_rng(devices=[]):
@@ -131,6 +141,11 @@ def build_networks(config: Root, spaces: EnvSpaces) -> Networks:
         if isinstance(model, MlpActorCriticConfig):
             actor = build_mlp_actor_critic(model, obs_dim=obs_dim, action_dim=action_dim, normalizer=normalizer)
             return Networks(actor, None, normalizer)
+        if isinstance(model, DsrlFlowConfig | OpenpiConfig):
+            keys = steering_keys(model)
+            assert keys is not None  # the schema checks it
+            actor, latent_critic, noise_critic = build_steering(config, keys, spaces, normalizer, acts=acts)
+            return Networks(actor, latent_critic, normalizer, noise_critic)
         if isinstance(model, CnnPolicyConfig):
             shapes = spaces.obs_shapes
             actor = build_cnn_policy(model, obs_shapes=shapes, action_dim=action_dim, normalizer=normalizer)
@@ -178,14 +193,20 @@ def build_algorithm(
     device: torch.device,
     demos: ReplayBuffer | None = None,
     ranks: Ranks = ONE_RANK,
-) -> SAC | PPO:
+) -> SAC | NoiseAliasing | PPO:
     """The algorithm of the configuration on `device`, without experience; `demos` are mixed into SAC's batches.
 
     Of several `ranks` this is one; sizes in the configuration are those of all together.
     """
     if isinstance(config.algorithm, PpoConfig):
         return build_ppo(config, config.algorithm, networks, device, ranks)
-    return build_sac(config, config.algorithm, networks, device, demos, ranks)
+    sac = build_sac(config, config.algorithm, networks, device, demos, ranks)
+    if networks.noise_critic is None:
+        return sac
+    assert isinstance(networks.actor, LatentPolicy)
+    updates = config.runner.total_steps * config.algorithm.update_epoch * config.algorithm.noise_critic_steps
+    optim, steps = optimizer_settings(config.actor.critic_optim, updates), config.algorithm.noise_critic_steps
+    return NoiseAliasing(sac, networks.noise_critic, networks.actor.decode, optim=optim, steps=steps)
 
 
 def lay_out(config: Root, networks: Sequence[nn.Module], device: torch.device, ranks: Ranks) -> DataParallel:
@@ -263,9 +284,14 @@ def build_sac(
     actor, policy, critic = config.actor, networks.actor, networks.critic
     entropy, replay_config = algorithm.entropy_tuning, algorithm.replay_buffer
     assert critic is not None and not isinstance(policy, MlpActorCritic)
-    target_critic = critic.make_target()
-    parts = [policy.head, policy.encoder] if isinstance(policy, CnnPolicy) else [policy]
-    data_parallel = lay_out(config, [*parts, critic, target_critic], device, ranks)
+    target_critic, noise_critic = critic.make_target(), networks.noise_critic
+    parts: list[nn.Module] = [policy.head, policy.encoder] if isinstance(policy, CnnPolicy) else [policy]
+    if isinstance(policy, LatentPolicy):
+        policy.to(device)  # with its decoder, of which nothing is trained
+        parts = [policy.head]
+    others = [] if noise_critic is None else [noise_critic]
+    data_parallel = lay_out(config, [*parts, critic, target_critic, *others], device, ranks)
+    decoded = DecodedActor(policy.head, policy.decode) if noise_critic and isinstance(policy, LatentPolicy) else None
     storage = replay_config.storage_dir
     replay = ReplayBuffer(
         math.ceil(replay_config.capacity / ranks.size),
@@ -281,7 +307,7 @@ def build_sac(
     if target_entropy == "auto":
         target_entropy = policy.default_target_entropy()
     return SAC(
-        policy.head if isinstance(policy, CnnPolicy) else policy,
+        policy.head if isinstance(policy, CnnPolicy | LatentPolicy) else policy,
         critic,
         target_critic,
         Temperature(entropy.alpha_type, entropy.initial_alpha).to(device),
@@ -291,6 +317,8 @@ def build_sac(
         normalizer=networks.normalizer,
         encoder=networks.encoder,
         acting=policy,
+        backup_actor=decoded,
+        policy_critic=noise_critic,
         augment=RandomShift(algorithm.random_shift) if algorithm.random_shift else None,
         gamma=algorithm.gamma,
         tau=algorithm.tau,
@@ -324,7 +352,8 @@ def describe_replay(config: Root, spaces: EnvSpaces) -> str | None:
     if not isinstance(config.algorithm, SacConfig):
         return None
     replay = config.algorithm.replay_buffer
-    decision = 4 * spaces.action_dim * config.actor.model.num_action_chunks
+    decision = 4 * decision_dim(config, spaces.action_dim)
+    spaces = viewed_spaces(spaces, learner_view(config))
     # Sentences are kept as ids.
     kinds = {path: "int32" if kind == "str" else kind for path, kind in spaces.obs_dtypes.items()}
     frame = sum(math.prod(shape) * np.dtype(kinds[path]).itemsize for path, shape in spaces.obs_shapes.items())

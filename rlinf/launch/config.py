@@ -22,9 +22,11 @@ from rlinf.envs.reach import ReachConfig
 from rlinf.launch.algorithm_config import AnyAlgorithm, FsdpConfig, OptimConfig, PpoConfig, SacConfig
 from rlinf.launch.cluster_config import ClusterConfig, cluster_problems
 from rlinf.models.embodiment.cnn_policy import CnnPolicyConfig
+from rlinf.models.embodiment.dsrl_policy import DsrlFlowConfig, steering_keys
 from rlinf.models.embodiment.flow_policy import FlowPolicyConfig
 from rlinf.models.embodiment.mlp_actor_critic import MlpActorCriticConfig
 from rlinf.models.embodiment.mlp_policy import MlpPolicyConfig
+from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 from rlinf.models.embodiment.state_policy import QPolicyConfig
 from rlinf.runtime.placement import Plan
 from rlinf.runtime.placement_text import KEY as PLACEMENT
@@ -32,7 +34,7 @@ from rlinf.runtime.routes import check_sources
 
 AnyEnv = Annotated[ManiSkillConfig | FrankaSimConfig | LiberoConfig | ReachConfig, Field(discriminator="env_type")]
 AnyModel = Annotated[
-    FlowPolicyConfig | MlpPolicyConfig | CnnPolicyConfig | MlpActorCriticConfig,
+    FlowPolicyConfig | MlpPolicyConfig | CnnPolicyConfig | MlpActorCriticConfig | DsrlFlowConfig | OpenpiConfig,
     Field(discriminator="model_type"),
 ]
 
@@ -349,22 +351,35 @@ def _env_share_problems(section: str, env: EnvConfig, processes: int, stages: in
 def _sac_problems(root: Root) -> Iterator[tuple[str, str]]:
     algorithm, model = root.algorithm, root.actor.model
     assert isinstance(algorithm, SacConfig)
-    if not isinstance(model, QPolicyConfig):
+    steering = steering_keys(model)
+    if steering is not None:
+        sees, heads = steering.dsrl_camera is not None, steering.dsrl_num_q_heads
+        key = "openpi.dsrl_num_q_heads" if isinstance(model, OpenpiConfig) else "dsrl_num_q_heads"
+    elif isinstance(model, QPolicyConfig):
+        sees, key, heads = isinstance(model, CnnPolicyConfig), "num_q_heads", model.num_q_heads
+    elif isinstance(model, OpenpiConfig):
         yield (
-            "actor.model.model_type",
-            f"SAC has no use for {model.model_type}; write flow_policy, mlp_policy or cnn_policy",
+            "actor.model.openpi.use_dsrl",
+            "actor.model.openpi.use_dsrl: SAC can steer pi0 by its noise and not train it; write True",
         )
         return
-    if algorithm.random_shift and not isinstance(model, CnnPolicyConfig):
+    else:
+        yield (
+            "actor.model.model_type",
+            f"SAC has no use for {model.model_type}; write flow_policy, mlp_policy, cnn_policy, dsrl_flow or openpi",
+        )
+        return
+    yield from _steering_problems(root, algorithm)
+    if algorithm.random_shift and not sees:
         yield (
             "algorithm.random_shift",
             f"algorithm.random_shift shifts images, and {model.model_type} sees none; write 0 or remove the key",
         )
-    subset, heads = algorithm.critic_subsample_size, model.num_q_heads
+    subset = algorithm.critic_subsample_size
     if subset is not None and subset > heads and not algorithm.subsample_with_replacement:
         yield (
             "algorithm.critic_subsample_size",
-            f"algorithm.critic_subsample_size ({subset}) is more than actor.model.num_q_heads ({heads}); "
+            f"algorithm.critic_subsample_size ({subset}) is more than actor.model.{key} ({heads}); "
             f"lower it to {heads}, add heads, or set algorithm.subsample_with_replacement: True",
         )
     replay = algorithm.replay_buffer
@@ -373,6 +388,27 @@ def _sac_problems(root: Root) -> Iterator[tuple[str, str]]:
             "algorithm.replay_buffer.min_buffer_size",
             f"algorithm.replay_buffer.min_buffer_size ({replay.min_buffer_size}) is more than "
             f"algorithm.replay_buffer.capacity ({replay.capacity}): training would never begin; raise the capacity",
+        )
+
+
+def _steering_problems(root: Root, algorithm: SacConfig) -> Iterator[tuple[str, str]]:
+    steers = steering_keys(root.actor.model) is not None
+    if algorithm.noise_aliasing and not steers:
+        yield (
+            "algorithm.noise_aliasing",
+            "algorithm.noise_aliasing is for policies that steer a decoder, and "
+            f"{root.actor.model.model_type} has none; remove the key or write actor.model.model_type: dsrl_flow",
+        )
+    if steers and algorithm.demo_buffer is not None and not algorithm.noise_aliasing:
+        yield (
+            "algorithm.demo_buffer",
+            "algorithm.demo_buffer: demonstrations hold actions, and this policy learns from the noise that led to "
+            "them; write algorithm.noise_aliasing: True, or remove the demonstrations",
+        )
+    if steers and root.actor.precision == "bf16":
+        yield (
+            "actor.precision",
+            "actor.precision: networks that steer a decoder are small and learn in float32; write fp32",
         )
 
 

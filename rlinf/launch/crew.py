@@ -32,6 +32,7 @@ from rlinf.launch.build import (
 from rlinf.launch.config import Root
 from rlinf.launch.film import CaptionedEnv
 from rlinf.launch.machine import Neighbours, cores_for_training_envs, device_of, num_cores, num_learner_threads
+from rlinf.launch.steering import learner_view
 from rlinf.runners.checkpoint import load_policy
 from rlinf.runners.crew import Crew
 from rlinf.runners.evaluate import Evaluator
@@ -230,6 +231,7 @@ def _env_worker(
         seed=seed,
         auto_reset=train.auto_reset,
         learners=[layout.learners_of((rank, stage)) for stage in range(stages)],
+        view=learner_view(config),
     )
 
 
@@ -299,7 +301,7 @@ def _learner_worker(
     device, size, ranks = device or device_of(config), len(layout.learner), cast(Ranks, ONE_RANK)
     if size > 1:
         ranks = join_ranks(rank, size, meeting_point, backend="nccl" if device.type == "cuda" else "gloo")
-    networks = build_networks(config, spaces)
+    networks = build_networks(config, spaces, acts=False)
     if config.runner.ckpt_path is not None:
         load_weights_into(networks.actor, load_policy(config.runner.ckpt_path)[1], config.runner.ckpt_path)
     demo = config.algorithm.demo_buffer if isinstance(config.algorithm, SacConfig) else None

@@ -39,6 +39,7 @@ from rlinf.launch.registry import closest
 from rlinf.launch.sources import SourceMap
 
 Profile = Literal["cpu", "gpu"]
+Schema = typing.TypeVar("Schema", bound=BaseModel)
 _RENAMED = {alias.old: alias.new for alias in ALIASES if alias.convert is None}
 
 
@@ -49,9 +50,22 @@ def load_config(
     *,
     has_gpu: Callable[[], bool] | None = None,
 ) -> Root:
+    """Compose `<config_dir>/<name>.yaml` with `overrides` and validate it; see `load_as`."""
+    return load_as(Root, name, overrides, config_dir, has_gpu=has_gpu)
+
+
+def load_as(
+    schema: type[Schema],
+    name: str,
+    overrides: Sequence[str],
+    config_dir: str | os.PathLike[str],
+    *,
+    has_gpu: Callable[[], bool] | None = None,
+) -> Schema:
     """Compose `<config_dir>/<name>.yaml` with `overrides` and validate it.
 
     Args:
+        schema: what the whole configuration is.
         has_gpu: answers whether `profile: auto` means `gpu`; by default torch is asked for a CUDA device.
 
     Raises:
@@ -69,7 +83,7 @@ def load_config(
     for item in parsed:
         if not item.is_delete() and not _is_group(item, directory):
             sources.add_override(_our_key(item), item.value(), item.input_line or "")
-    return _validate(name, tree, sources, {item.key_or_group for item in parsed})
+    return _validate(schema, name, tree, sources, {item.key_or_group for item in parsed})
 
 
 # ---- composition
@@ -221,15 +235,15 @@ class _Problem:
     text: str
 
 
-def _validate(name: str, tree: dict[str, Any], sources: SourceMap, typed: set[str]) -> Root:
+def _validate(schema: type[Schema], name: str, tree: dict[str, Any], sources: SourceMap, typed: set[str]) -> Schema:
     spelt, conflicts = apply_aliases(tree, typed)
     if isinstance(tree.get("algorithm"), dict):
         tree["algorithm"].setdefault("loss_type", "embodied_sac")
     problems = [_Problem(path, f"{path} {message}") for path, message in conflicts]
     try:
-        root = Root.model_validate(tree)
+        root = schema.model_validate(tree)
     except ValidationError as failure:
-        problems += _joined(_explain(failure, tree, spelt))
+        problems += _joined(_explain(failure, tree, spelt, schema))
     if not problems:
         return root
     lines, seen = [], set()
@@ -244,13 +258,15 @@ def _validate(name: str, tree: dict[str, Any], sources: SourceMap, typed: set[st
     raise ConfigError("\n".join([f"configuration {name!r} has {count}:", *lines]))
 
 
-def _explain(failure: ValidationError, tree: dict[str, Any], spelt: dict[str, str]) -> Iterator[_Problem]:
+def _explain(
+    failure: ValidationError, tree: dict[str, Any], spelt: dict[str, str], schema: type[BaseModel]
+) -> Iterator[_Problem]:
     for error in failure.errors(include_url=False):
         path = _plain_path(error["loc"], tree)
         shown = spelt.get(path, path)
         kind, context = error["type"], error.get("ctx", {})
         if kind == "extra_forbidden":
-            yield _Problem(path, f"{shown}: {_unknown_key(path, tree)}")
+            yield _Problem(path, f"{shown}: {_unknown_key(path, tree, schema)}")
         elif kind == "missing":
             yield _Problem(path, f"{shown}: this key is required and has no value")
         elif kind in ("model_type", "model_attributes_type"):
@@ -284,12 +300,15 @@ def _joined(problems: Iterable[_Problem]) -> list[_Problem]:
 
 def _plain_path(location: tuple[int | str, ...], tree: Any) -> str:
     """Pydantic's location as the dotted path of the YAML, without the names of union members."""
-    node, keys = tree, []
+    node, keys, entered = tree, [], False
     for part in location:
         if isinstance(node, dict):
-            if part not in node and part in node.values():
-                continue  # the tag of a discriminated union
-            node = node.get(part)
+            # The tag of a discriminated union comes first. A key may have the same name (model_type openpi has openpi).
+            if entered and any(value == part and (key.endswith("_type") or part not in node)
+                               for key, value in node.items()):  # fmt: skip
+                entered = False
+                continue
+            node, entered = node.get(part), True
         elif isinstance(node, list) and isinstance(part, int):
             node = node[part] if part < len(node) else None
         else:
@@ -306,20 +325,20 @@ def _wrong_choice(path: str, value: Any, choices: list[str]) -> str:
     return f"{path} = {value!r}: " + (f"did you mean {near}? " if near else "") + choose
 
 
-def _unknown_key(path: str, tree: dict[str, Any]) -> str:
+def _unknown_key(path: str, tree: dict[str, Any], schema: type[BaseModel]) -> str:
     remedy = remedy_for(path)
     if remedy is not None:
         return f"not used here; {remedy}"
-    if path in key_paths(Root):
+    if path in key_paths(schema):
         inside = get(tree, path)
         retired = {key: remedy_for(f"{path}.{key}") for key in (inside if isinstance(inside, dict) else ())}
         remedies = "".join(f"; {key}: {remedy}" for key, remedy in retired.items() if remedy is not None)
         return f"not a key of {_chosen_member(path, tree)}{remedies}"
-    suggestion = suggest(path, tree)
+    suggestion = suggest(path, tree, schema)
     if suggestion is not None:
         return f"unknown key; did you mean {suggestion}?"
     parent = path.rpartition(".")[0]
-    names = [key.rpartition(".")[2] for key in key_paths(Root, tree) if key.rpartition(".")[0] == parent]
+    names = [key.rpartition(".")[2] for key in key_paths(schema, tree) if key.rpartition(".")[0] == parent]
     return f"unknown key; {parent or 'the configuration'} has {', '.join(dict.fromkeys(names))}"
 
 
@@ -334,13 +353,13 @@ def _chosen_member(path: str, tree: dict[str, Any]) -> str:
     return "this choice"
 
 
-def suggest(path: str, tree: dict[str, Any]) -> str | None:
+def suggest(path: str, tree: dict[str, Any], schema: type[BaseModel] = Root) -> str | None:
     """The known key that an unknown `path` probably means.
 
     Siblings come first, then the same last name elsewhere, then the most similar whole path. Where `tree` chooses a
     member of a union (`model_type`), only that member's keys count.
     """
-    known = [key for key in dict.fromkeys(key_paths(Root, tree)) if not path.startswith(f"{key}.")]
+    known = [key for key in dict.fromkeys(key_paths(schema, tree)) if not path.startswith(f"{key}.")]
     parent, _, leaf = path.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == parent]
     near = closest(leaf, siblings)

@@ -77,19 +77,46 @@ def record(
         DataError: `output` holds something else, or `MAX_FAILED_ROUNDS` rounds without a success.
     """
     with stage(config, checkpoint, noise_std) as (env, expert):
-        section, setup = training_env(config), config.actor.model.policy_setup
-        meta = DemoMeta(
-            env_id=task_of(section),
-            control_mode=control_mode_of(section, setup) or "",
-            action_dim=env.spaces.action_dim,
-            obs_shapes=env.spaces.obs_shapes,
-            obs_dtypes=env.spaces.obs_dtypes,
-            recorded_by=expert.about,
+        return record_demos(
+            training_env(config),
+            env,
+            expert,
+            output,
+            episodes=episodes,
+            policy_setup=config.actor.model.policy_setup,
+            num_action_chunks=config.actor.model.num_action_chunks,
+            seed=config.runner.seed,
+            only_successes=only_successes,
+            note=note,
         )
-        store = _Demos(Path(output), meta, env, note)
-        chunks = section.max_episode_steps // config.actor.model.num_action_chunks
-        record_into(store, env, expert, episodes, chunks, config.runner.seed, only_successes, note)
-        return store.totals
+
+
+def record_demos(
+    section: EnvConfig,
+    env: VectorEnv,
+    expert: Demonstrator,
+    output: str | Path,
+    *,
+    episodes: int,
+    policy_setup: str | None,
+    num_action_chunks: int = 1,
+    seed: int,
+    only_successes: bool,
+    note: Callable[[str], None],
+) -> DemoMeta:
+    """`record` of a demonstrator in an environment that was made from `section`, without auto-reset."""
+    meta = DemoMeta(
+        env_id=task_of(section),
+        control_mode=control_mode_of(section, policy_setup) or "",
+        action_dim=env.spaces.action_dim,
+        obs_shapes=env.spaces.obs_shapes,
+        obs_dtypes=env.spaces.obs_dtypes,
+        recorded_by=expert.about,
+    )
+    store = _Demos(Path(output), meta, env, note)
+    chunks = section.max_episode_steps // num_action_chunks
+    record_into(store, env, expert, episodes, chunks, seed, only_successes, note)
+    return store.totals
 
 
 class _Demos:

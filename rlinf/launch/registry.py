@@ -20,7 +20,9 @@ ENVS: Mapping[str, str] = {
 EXPERTS: Mapping[str, str] = {
     "frankasim": "rlinf.envs.frankasim.expert:PickCubeExpert",
     "libero_spatial": "rlinf.envs.libero.expert:BowlExpert",
+    "reach": "rlinf.envs.reach:ReachExpert",
     "PickCube-v1": "rlinf.envs.maniskill.expert:PickCubeExpert",
+    "StackCube-v1": "rlinf.envs.maniskill.expert:StackCubeExpert",
 }
 """Task → class of a scripted demonstrator, made with (noise_std, generator) and asked with act(state [N, S])."""
 

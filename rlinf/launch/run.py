@@ -27,7 +27,9 @@ from rlinf.launch.machine import (
     prepare_process,
     simulates_on_cpu,
 )
+from rlinf.launch.parameters import describe_parameters
 from rlinf.launch.parse import load_config
+from rlinf.launch.prerequisites import make_missing_decoder
 from rlinf.launch.processes import Venue, open_runtime, open_venue
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
@@ -50,10 +52,12 @@ def train(config: Root) -> int:
 
     Raises RlinfError with one line for whatever the user can mend; what was learned until then is saved.
     """
+    if (code := make_missing_decoder(config)) != 0:
+        return code
     run_dir = run_directory(config)
     checkpoint = find(config.runner.resume_dir) if config.runner.resume_dir is not None else None
     resume_step = verify(checkpoint, only=POLICY_FILE).global_step if checkpoint is not None else 0
-    _refuse_to_overwrite(run_dir, checkpoint)
+    refuse_to_overwrite(run_dir, checkpoint)
     # First, so that a placement which is impossible leaves nothing behind.
     with open_venue(config, _say) as venue:
         return _train_at(venue, config, run_dir, checkpoint, resume_step)
@@ -64,7 +68,7 @@ def _train_at(venue: Venue, config: Root, run_dir: Path, checkpoint: Path | None
     resolved = config.model_dump(mode="json")
     logger = config.runner.logger
     with (
-        _unused_if_it_never_began(run_dir),
+        unused_if_it_never_began(run_dir),
         Reporter(
             run_dir,
             backends=logger.logger_backends,
@@ -101,6 +105,7 @@ def _train(
     with _closing_on_failure(crew, reporter):
         if (memory := describe_replay(config, spaces_of(crew.env))) is not None:
             reporter.note(memory)
+        reporter.note(describe_parameters(crew.learner))
         last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0
         evaluator = None
         if config.runner.val_check_interval > 0:
@@ -248,7 +253,7 @@ def _model_differences(checkpoint: Path, config: Root) -> list[str]:
     ]
 
 
-def _refuse_to_overwrite(run_dir: Path, checkpoint: Path | None) -> None:
+def refuse_to_overwrite(run_dir: Path, checkpoint: Path | None) -> None:
     """A directory that holds a run may only be used by one that goes on from it."""
     used = (run_dir / JOURNAL).is_file() or (run_dir / "checkpoints").is_dir()
     if used and (checkpoint is None or run_dir not in checkpoint.parents):
@@ -260,7 +265,7 @@ def _refuse_to_overwrite(run_dir: Path, checkpoint: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _unused_if_it_never_began(run_dir: Path) -> Iterator[None]:
+def unused_if_it_never_began(run_dir: Path) -> Iterator[None]:
     """Take back the empty journal of a run that failed before it began: the mended command may use the directory."""
     try:
         yield

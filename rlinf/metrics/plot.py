@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 COLORS = ("#1f6fb4", "#d9622b", "#2f8f4e", "#8c4fa8", "#b8860b", "#c23b5a", "#3d8f94", "#6b6b6b")
 MEASURES = (("success_once", "success rate"), ("return", "return"))
+LineStyle = Literal["--", ":", "-."]
+LEVEL_COLOR = "#222222"
+LINE_STYLES: tuple[LineStyle, ...] = ("--", ":", "-.")
 EVALUATION, TRAINING = (2.2, 1.0), (1.2, 0.4)  # line width, opacity
 SMOOTHING = 0.03  # width of the running mean over training episodes, as a share of the curve
 GRID_POINTS = 300
@@ -42,17 +45,19 @@ class Curves:
     values: dict[str, np.ndarray]
 
 
-def plot_runs(run_dirs: Sequence[str | Path], path: str | Path) -> None:
+def plot_runs(run_dirs: Sequence[str | Path], path: str | Path, *, baselines: Sequence[str | Path] = ()) -> None:
     """Draw success rate and return against env steps and against wall clock into the picture `path`.
 
     Evaluation is drawn strong, training faint. Several runs of one recipe (names and configurations that
-    differ only in a seed) become their mean and the band from the lowest to the highest.
+    differ only in a seed) become their mean and the band from the lowest to the highest. The last evaluation of each of
+    `baselines` is drawn as a level: what was there before, such as a clone's run.
 
     Raises: DataError where a directory holds no journal or an empty one.
     """
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
+    levels = [read_run(Path(run_dir)) for run_dir in baselines]
     recipes = _labels(runs)
     units = list(dict.fromkeys(axis for run in runs for axis in run.axes))
     figure = Figure(figsize=(5.5 * len(units), 6.6), dpi=110, layout="constrained")
@@ -63,11 +68,13 @@ def plot_runs(run_dirs: Sequence[str | Path], path: str | Path) -> None:
                 members = [run for run in runs if run.recipe == recipe and unit in run.axes]
                 if members:
                     _draw_recipe(axes, members, measure, unit, color)
+            for baseline, style in zip(levels, _line_styles(len(levels)), strict=True):
+                _draw_level(axes, baseline, measure, style)
             _dress(axes, measure, unit)
         axes_row[0].set_ylabel(label)
     for axes, unit in zip(grid[-1], units, strict=True):
         axes.set_xlabel("wall clock (minutes)" if unit == "minutes" else unit)
-    _legend(figure, runs, recipes)
+    _legend(figure, runs, recipes, levels)
     _save(figure, Path(path))
 
 
@@ -144,6 +151,17 @@ def _draw_recipe(axes: Axes, runs: Sequence[Curves], measure: str, unit: str, co
         )
 
 
+def _draw_level(axes: Axes, run: Curves, measure: str, style: LineStyle) -> None:
+    """The last evaluation of a run, over the whole width."""
+    values = run.values[f"eval/{measure}"]
+    if (known := values[np.isfinite(values)]).size:
+        axes.axhline(known[-1], color=LEVEL_COLOR, linestyle=style, linewidth=EVALUATION[0] * 0.7)
+
+
+def _line_styles(number: int) -> list[LineStyle]:
+    return [LINE_STYLES[index % len(LINE_STYLES)] for index in range(number)]
+
+
 def _finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     known = np.isfinite(y)
     return x[known], y[known]
@@ -182,7 +200,9 @@ def _dress(axes: Axes, measure: str, unit: str) -> None:
     axes.yaxis.label.set_fontsize(11)
 
 
-def _legend(figure: Figure, runs: Sequence[Curves], recipes: Mapping[tuple[str, str], str]) -> None:
+def _legend(
+    figure: Figure, runs: Sequence[Curves], recipes: Mapping[tuple[str, str], str], levels: Sequence[Curves]
+) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
@@ -190,6 +210,8 @@ def _legend(figure: Figure, runs: Sequence[Curves], recipes: Mapping[tuple[str, 
         number = sum(run.recipe == recipe for run in runs)
         label = label if number == 1 else f"{label} ({number} runs: mean, lowest to highest)"
         handles.append(Line2D([], [], color=color, linewidth=EVALUATION[0], label=label))
+    for run, style in zip(levels, _line_styles(len(levels)), strict=True):
+        handles.append(Line2D([], [], color=LEVEL_COLOR, linestyle=style, label=f"{run.recipe[0]} alone"))
     handles.append(Line2D([], [], color="#555555", linewidth=EVALUATION[0], label="evaluation"))
     handles.append(Line2D([], [], color="#555555", linewidth=TRAINING[0], alpha=TRAINING[1], label="training"))
     figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4), frameon=False, fontsize=10)

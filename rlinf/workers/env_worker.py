@@ -18,7 +18,7 @@ from rlinf.core.errors import NonFiniteError, RlinfError, ShapeError
 from rlinf.core.protocols import VectorEnv
 from rlinf.core.seeding import derive_seed
 from rlinf.core.types import ActionOut, EnvStep, Obs
-from rlinf.data.trajectory import TrajectoryBuilder, split_by_env
+from rlinf.data.trajectory import TrajectoryBuilder, View, split_by_env, whole
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Flag
 from rlinf.workers.finite import non_finite
 
@@ -117,8 +117,8 @@ class EnvWorker:
     Observations go out on `obs` and actions come back on `actions`, both under the key (rank, stage); None on
     `obs` says that this source asks no more for now. Trajectories go to `experience`, which evaluation does
     not use: those of stage i under the keys `learners[i]`, the ranks of the learners that share them by environments
-    (None: all are for the first). The order of everything that a source sends is fixed, so a run is a function of its
-    seeds.
+    (None: all are for the first). Of observations they hold what `view` leaves. The order of everything that a source
+    sends is fixed, so a run is a function of its seeds.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class EnvWorker:
         seed: int,
         auto_reset: bool = True,
         learners: Sequence[Sequence[int]] | None = None,
+        view: View = whole,
         timeout_s: float = CHANNEL_TIMEOUT_S,
     ) -> None:
         self._learners = list(learners) if learners is not None else [(0,)] * len(stages)
@@ -142,7 +143,7 @@ class EnvWorker:
         self.num_action_chunks, self.seed = num_action_chunks, seed
         self.auto_reset, self.timeout_s = auto_reset, timeout_s
         self._sources: list[Source] = [(rank, stage) for stage in range(len(stages))]
-        self._builders = [TrajectoryBuilder(source, auto_reset=auto_reset) for source in self._sources]
+        self._builders = [TrajectoryBuilder(source, auto_reset, view) for source in self._sources]
         self._current: list[Obs] = []
         self._continues = False
         self._beginning = "step/0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class ActingNetwork(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """See torch.nn.Module."""
+        ...
+
+
+@runtime_checkable
+class HoldsMore(Protocol):
+    """A policy that keeps more on its device than its state."""
+
+    def held(self) -> Any:
+        """All tensors that acting needs, in nested dicts and lists; not copied."""
         ...
 
 
@@ -67,7 +76,8 @@ class RolloutWorker:
         self.sources, self.generator = list(sources), generator
         self.device, self.timeout_s = device, timeout_s
         self.noise_correlation = noise_correlation
-        self._offload = Offload(actor.state_dict, device) if offload else None
+        held = actor.held if isinstance(actor, HoldsMore) else actor.state_dict
+        self._offload = Offload(held, device) if offload else None
         self._noise: dict[tuple[int, int], Tensor] = {}
         self.version = -1
         # Batches are small here, and a second OpenMP thread would spin against the learner's.

@@ -100,7 +100,7 @@ def make_sac(ranks, share=None, critic=LinearCritic):
         critic_subsample_size=2, actor_optim=optim, critic_optim=optim, alpha_optim=optim,
         generator=torch.Generator().manual_seed(ranks.rank), ranks=ranks, data_parallel=data_parallel,
     )  # fmt: skip
-    learner._draw_noise = lambda batch: batch.decision  # noise that belongs to the row
+    learner.draw_noise = lambda batch: batch.decision  # noise that belongs to the row
     return learner
 
 

@@ -164,3 +164,31 @@ def test_a_segment_is_shared_out_by_environments():
         for name in ("decision", "action", "reward", "terminated", "truncated", "intervened", "valid"):
             assert torch.equal(getattr(part, name), getattr(segment, name)[:, [column]]), name
         assert part.log_prob is None and part.value is None
+
+
+def test_a_view_decides_what_of_observations_is_kept():
+    seen = []
+
+    def view(obs):
+        seen.append(obs)
+        return {"twice": 2 * obs["state"]}
+
+    builder = TrajectoryBuilder((0, 0), True, view)
+    segment, _ = three_steps(
+        builder, observation([0.0, 10.0]), [(False, False), (True, False), (False, True)], continues=False
+    )
+    assert segment.obs.keys() == segment.last_obs.keys() == {"twice"}
+    assert segment.obs["twice"][..., 0].tolist() == [[0, 20], [2, 22], [202, 24], [204, 204]]
+    assert segment.last_obs["twice"][:, 0].tolist() == [4, 26]
+    assert all(obs.keys() == {"state", "instruction"} for obs in seen), "each observation is looked at whole"
+    # Where no episode ends, the observation before a reset is the one after it, and is looked at once.
+    assert len(seen) == 4 + 2
+
+
+def test_a_view_does_not_hide_that_another_observation_was_answered():
+    builder = TrajectoryBuilder((0, 0), True, lambda obs: {"state": obs["state"]})
+    start = observation([0.0, 10.0])
+    builder.start(start, continues=False)
+    with pytest.raises(ValueError, match="is not the one that the environment gave last"):
+        builder.append(observation([0.0, 10.0]), answer(0), outcome(start, start))
+    builder.append(start, answer(0), outcome(start, start))

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("mani_skill")
 
-from rlinf.core.errors import ConfigError, MissingDependency, NonFiniteError
+from rlinf.core.errors import ConfigError, MissingDependency, NonFiniteError, ShapeError
 from rlinf.envs.maniskill import scene, vulkan
 from rlinf.envs.maniskill.config import ManiSkillConfig
 from rlinf.envs.maniskill.env import make, split_evenly
-from rlinf.envs.maniskill.expert import PickCubeExpert
+from rlinf.envs.maniskill.expert import PickCubeExpert, StackCubeExpert
 from rlinf.envs.maniskill.novulkan import no_visuals
 
 pytestmark = pytest.mark.sim
@@ -77,6 +77,28 @@ def test_expert_succeeds_and_success_terminates():
         successes += int(step.info["episode/success_once"][step.done].sum())
     assert successes >= 0.95 * episodes
     env.close()
+
+
+def test_stacking_expert_succeeds():
+    env = made("StackCube-v1", num_envs=4)
+    expert = StackCubeExpert()
+    state = env.reset(0)["state"]
+    episodes = successes = 0
+    while episodes < 12:
+        step = env.step(torch.from_numpy(expert.act(state.numpy()))[:, None])
+        state = step.obs["state"]
+        episodes += int(step.done.sum())
+        successes += int(step.info["episode/success_once"][step.done].sum())
+    assert successes >= 0.9 * episodes
+    env.close()
+
+
+@pytest.mark.parametrize("expert", [PickCubeExpert, StackCubeExpert])
+def test_experts_refuse_the_states_of_other_tasks(expert):
+    with pytest.raises(ShapeError, match=r"the expert takes states \[N, 4\d\] of \w+-v1, not \[2, 7\]"):
+        expert().act(np.zeros((2, 7), np.float32))
+    with pytest.raises(ValueError, match="needs a generator"):
+        expert(0.1)
 
 
 def test_success_does_not_end_an_episode_that_ignores_terminations():

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from rlinf.envs.reach import ReachConfig, ReachWorlds, make
+from rlinf.envs.reach import ReachConfig, ReachExpert, ReachWorlds, make
 
 
 def test_moves_rewards_and_success_by_hand():
@@ -27,3 +28,12 @@ def test_a_proportional_controller_solves_it():
         succeeded |= step.terminated[:, 0]
         state = step.obs["state"]
     assert succeeded.all()
+
+
+def test_the_expert_goes_straight_to_the_target():
+    state = np.array([[0.0, 0.1], [0.5, -0.5], [0.3, 0.3]], np.float32)
+    assert ReachExpert().act(state) == pytest.approx(np.array([[0.5], [-1.0], [0.0]]))
+    noisy = ReachExpert(0.5, np.random.default_rng(0)).act(np.repeat(state[2:], 2000, 0))
+    assert noisy.std() == pytest.approx(0.5, abs=0.06) and np.abs(noisy).max() <= 1
+    with pytest.raises(ValueError, match="needs a generator"):
+        ReachExpert(0.5)

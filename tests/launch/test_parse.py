@@ -326,7 +326,7 @@ def test_a_key_of_another_model_is_named_as_such(folder: Path) -> None:
         (
             "actor.model.model_type=mlp_polcy",
             "actor.model.model_type = 'mlp_polcy': did you mean mlp_policy? choose flow_policy, mlp_policy, "
-            "cnn_policy or mlp_actor_critic",
+            "cnn_policy, mlp_actor_critic, dsrl_flow or openpi",
         ),
         ("algorithm.agg_q=max", "algorithm.agg_q = 'max': choose min or mean"),
         (

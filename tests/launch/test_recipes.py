@@ -16,11 +16,14 @@ from rlinf.core.types import Trajectory
 from rlinf.data.columns import gigabytes
 from rlinf.data.demos import DemoMeta, write_demos
 from rlinf.data.replay import ReplayBuffer
+from rlinf.envs.maniskill.config import ManiSkillConfig
 from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.build import describe_replay
 from rlinf.launch.config import Root
 from rlinf.launch.crew import build_crew, build_evaluator, spaces_of
 from rlinf.launch.parse import key_paths, load_config, models_in
+from rlinf.models.embodiment.dsrl_policy import DsrlFlowConfig
+from rlinf.models.embodiment.flow_decoder import FlowDecoder, FlowDecoderSpec, save_flow_decoder
 from rlinf.runners.crew import Crew
 from rlinf.runtime.local import LocalRuntime
 from rlinf.workers.learner_worker import LearnerWorker
@@ -69,6 +72,8 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
     off_policy = isinstance(algorithm, SacConfig)
     if off_policy:
         overrides += ["algorithm.replay_buffer.min_buffer_size=1", "algorithm.replay_buffer.capacity=5000"]
+    if algorithm_steers(name):
+        overrides.append(f"actor.model.decoder_path={decoder_for(name, tmp_path)}")
     has_demos = isinstance(algorithm, SacConfig) and algorithm.demo_buffer is not None
     if has_demos:
         overrides.append(f"algorithm.demo_buffer.load_path={record(tmp_path)}")
@@ -88,9 +93,10 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
 
 
 @pytest.mark.usefixtures("fake_maniskill")
-@pytest.mark.parametrize("name", ["maniskill_sac_flow_state", "frankasim_sac_cnn_async"])
-def test_the_memory_told_at_the_start_is_what_a_row_takes(name: str) -> None:
-    overrides = [
+@pytest.mark.parametrize("name", ["maniskill_sac_flow_state", "frankasim_sac_cnn_async", "maniskill_dsrl_flow"])
+def test_the_memory_told_at_the_start_is_what_a_row_takes(name: str, tmp_path: Path) -> None:
+    overrides = [f"actor.model.decoder_path={decoder_for(name, tmp_path)}"] if algorithm_steers(name) else []
+    overrides += [
         "profile=cpu",
         "env.train.num_workers=0",
         "actor.num_threads=1",
@@ -109,6 +115,20 @@ def test_the_memory_told_at_the_start_is_what_a_row_takes(name: str) -> None:
     assert isinstance(buffer, ReplayBuffer)
     row = sum(array[0].nbytes for array in buffer._arrays.values())
     assert told == f"replay buffer: up to 3,000 rows of {row:,} bytes, {gigabytes(3000 * row)} in memory"
+
+
+def algorithm_steers(name: str) -> bool:
+    return isinstance(load(name).actor.model, DsrlFlowConfig)
+
+
+def decoder_for(name: str, folder: Path) -> Path:
+    """A decoder with random weights that fits the recipe's environment, or the stand-in for it."""
+    model = load(name).actor.model
+    maniskill = isinstance(load(name).env.train, ManiSkillConfig)
+    obs_dim, action_dim, controller = (42, 4, "pd_ee_delta_pos") if maniskill else (2, 1, "")
+    spec = FlowDecoderSpec(obs_dim, action_dim, model.num_action_chunks, (8,), 2, control_mode=controller)
+    save_flow_decoder(FlowDecoder(spec), folder / "decoder")
+    return folder / "decoder"
 
 
 def learn(crew: Crew) -> dict[str, float]:

@@ -10,6 +10,7 @@ from rlinf.data.demos import read_demos
 from rlinf.envs.reach import ReachConfig
 from rlinf.envs.reach import make as make_reach
 from rlinf.launch import record as recording
+from rlinf.launch import registry
 from rlinf.launch.config import Root
 from rlinf.launch.parse import load_config
 from rlinf.launch.record import play, record, select_envs
@@ -114,7 +115,10 @@ def test_an_expert_that_never_succeeds_is_given_up(
     assert not (tmp_path / "demos").exists()
 
 
-def test_a_task_without_an_expert_is_named(reach_configs: Path, tmp_path: Path) -> None:
+def test_a_task_without_an_expert_is_named(
+    reach_configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(registry.EXPERTS, "reach")
     with pytest.raises(ConfigError, match="no scripted expert is called 'reach'; there are: PickCube-v1"):
         record(load(reach_configs), tmp_path / "demos", episodes=3, note=quiet)
 

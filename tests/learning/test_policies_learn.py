@@ -37,3 +37,19 @@ def test_policy_learns_to_reach(tmp_path, arguments):
 @pytest.mark.slow
 def test_nothing_is_solved_without_learning(tmp_path):
     assert solved(tmp_path, "reach_sac_flow", "algorithm.update_epoch=1", "runner.max_epochs=5")[-1] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aliasing", [False, True])
+def test_steering_makes_a_good_policy_of_a_careless_clone(tmp_path, aliasing, monkeypatch):
+    """Demonstrations, clone and DSRL, by one command."""
+    monkeypatch.chdir(tmp_path)  # where the demonstrations go
+    overrides = [f"actor.model.decoder_path={tmp_path / 'decoder'}", f"algorithm.noise_aliasing={aliasing}"]
+    config = load_config(
+        "reach_dsrl_flow", [f"runner.logger.log_path={tmp_path}", "runner.logger.logger_backends=[]", *overrides]
+    )
+    assert train(config) == 0
+    clone = (tmp_path / "reach_flow_bc" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(clone)["eval/success_once"] < 0.8
+    rows = [json.loads(line) for line in (run_directory(config) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["eval/success_once"] for row in rows if "eval/success_once" in row][-1] > 0.95

@@ -116,3 +116,16 @@ def test_running_mean_of_a_line_is_the_line():
     line = np.linspace(3.0, 7.0, 200)
     assert _running_mean(line)[10:-10] == pytest.approx(line[10:-10])
     assert _running_mean(line)[0] == pytest.approx(line[:4].mean())
+
+
+def test_a_baseline_is_a_level_at_its_last_evaluation(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    levels = []
+    draw = Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **style: (levels.append(y), draw(self, y, **style)))
+    clone = make_run(tmp_path / "clone", steps=20, env_steps=False)
+    silent = make_run(tmp_path / "silent", steps=5)
+    plot_runs([make_run(tmp_path / "run")], tmp_path / "out.png", baselines=[clone, silent])
+    assert levels == [1.0, 1.0, 40.0, 40.0], "success and return, over env steps and minutes; nothing that is not there"
+    assert (tmp_path / "out.png").stat().st_size > 10_000

@@ -64,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser("plot", help="draw learning curves of one or several run directories")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, holds metrics.jsonl")
+    plot.add_argument(
+        "--baseline", action="append", default=[], type=Path, metavar="RUN", help="draw its last evaluation as a level"
+    )
     plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="picture to write (default: inside RUN)")
 
     evaluate = commands.add_parser("eval", help="evaluate the newest checkpoint of a run")
@@ -144,7 +147,7 @@ def run_plot(chosen: argparse.Namespace) -> int:
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ConfigError(f"--output {path}: the name must end in .png, .pdf or .svg")
     try:
-        plot_runs(chosen.runs, path)
+        plot_runs(chosen.runs, path, baselines=chosen.baseline)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with -o") from error
     print(path)

@@ -1,0 +1,49 @@
+"""What a recipe needs before it can begin, and makes by another recipe where it is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rlinf
+from rlinf.core.errors import ConfigError
+from rlinf.launch.config import Root
+from rlinf.launch.decoders import named_decoder
+from rlinf.launch.parse import load_as
+from rlinf.launch.sft_config import SftConfig
+from rlinf.models.embodiment.dsrl_policy import DsrlFlowConfig, steering_keys
+
+SFT_CONFIG_DIR = "examples/sft/config"
+
+
+def make_missing_decoder(config: Root) -> int:
+    """Clone the decoder that a steered policy needs, by `decoder_recipe`, unless something is at `decoder_path`.
+
+    The clone's run is kept beside the run that needs it. Returns its exit code; 0 where there was nothing to do.
+    Raises ConfigError or CheckpointError where there is no decoder and no recipe for it.
+    """
+    model = config.actor.model
+    if steering_keys(model) is None:
+        return 0
+    recipe = model.decoder_recipe if isinstance(model, DsrlFlowConfig) else None
+    if not isinstance(model, DsrlFlowConfig) or recipe is None or Path(model.decoder_path).expanduser().exists():
+        named_decoder(config).mark()  # says what is missing before there is a run
+        return 0
+    logger = config.runner.logger
+    overrides = [
+        f"runner.logger.log_path={logger.log_path}",
+        f"runner.logger.logger_backends=[{','.join(logger.logger_backends)}]",
+        f"runner.export_dir={model.decoder_path}",
+        f"profile={config.profile}",
+    ]
+    from rlinf.launch.sft import run_sft
+
+    print(f"there is no decoder in {model.decoder_path} yet; {recipe} makes it first", flush=True)
+    return run_sft(load_as(SftConfig, recipe, overrides, find_sft_config_dir()))
+
+
+def find_sft_config_dir() -> Path:
+    """The folder of cloning recipes in the working directory or in the checkout that this package belongs to."""
+    for root in (Path.cwd(), Path(rlinf.__file__).parents[1]):
+        if (root / SFT_CONFIG_DIR).is_dir():
+            return root / SFT_CONFIG_DIR
+    raise ConfigError(f"no folder {SFT_CONFIG_DIR} here; start in the checkout")
