@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from rlinf.envs.coarse_mesh import is_flat, mesh_of, weld
 from rlinf.envs.frankasim.config import Rendering
-from rlinf.envs.frankasim.scene import import_mujoco, scene_file
+from rlinf.envs.frankasim.scene import import_mujoco, read_scene
 from rlinf.envs.opengl import draws_in_software, free_context, open_context, release_context
 
 CAMERAS = {"front": "front", "wrist": "handcam_rgb"}
@@ -43,17 +43,20 @@ class Painter:
         physics: the compiled scene.
         width, height: largest picture in pixels.
         rendering: `auto`, `cheap` or `full`.
+        read: the scene from which `physics` was compiled, as a fresh `MjSpec`.
 
     Raises:
         MissingDependency: no OpenGL context can be made here.
     """
 
-    def __init__(self, physics: Any, width: int, height: int, rendering: Rendering) -> None:
+    def __init__(
+        self, physics: Any, width: int, height: int, rendering: Rendering, read: Callable[[], Any] = read_scene
+    ) -> None:
         self._mujoco = mujoco = import_mujoco()
         self._lock = threading.Lock()
         context = open_context(width, height, "take the state: gym_id: PandaPickCube-v0")
         self.cheap = rendering == "cheap" or (rendering == "auto" and draws_in_software())
-        self._model = model = cheap_model(physics) if self.cheap else full_model()
+        self._model = model = cheap_model(physics, read) if self.cheap else read().compile()
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         self._data = mujoco.MjData(model)
         self._scene = mujoco.MjvScene(model, MAX_DRAWN)
@@ -97,19 +100,15 @@ class Painter:
 # ---- the scene
 
 
-def full_model() -> Any:
-    """The scene as it is."""
-    return import_mujoco().MjModel.from_xml_path(str(scene_file()))
-
-
-def cheap_model(physics: Any) -> Any:
+def cheap_model(physics: Any, read: Callable[[], Any] = read_scene) -> Any:
     """The scene without shadows, smoothed edges, small parts and what is not seen.
 
     Args:
         physics: the compiled scene, for its meshes.
+        read: the scene from which it was compiled.
     """
     mujoco = import_mujoco()
-    spec = mujoco.MjSpec.from_file(str(scene_file()))
+    spec = read()
     for unseen in [*spec.sensors, *(geom for geom in spec.geoms if geom.group == COLLISION_GROUP)]:
         spec.delete(unseen)
     for mesh in list(spec.meshes):

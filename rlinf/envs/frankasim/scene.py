@@ -47,6 +47,11 @@ def import_mujoco() -> Any:
     return opengl.import_mujoco(INSTALL_COMMAND)
 
 
+def read_scene() -> Any:
+    """The scene as an `MjSpec`, fresh, for whoever edits it."""
+    return import_mujoco().MjSpec.from_file(str(scene_file()))
+
+
 @functools.cache
 def physics_model() -> Any:
     """The compiled scene (`MjModel`) without its torque and force sensors; one for all, so nobody may write into it.
@@ -54,7 +59,7 @@ def physics_model() -> Any:
     Nobody reads those, and for them MuJoCo computes the inverse dynamics in every physics step.
     """
     mujoco = import_mujoco()
-    spec = mujoco.MjSpec.from_file(str(scene_file()))
+    spec = read_scene()
     unread = (mujoco.mjtSensor.mjSENS_TORQUE, mujoco.mjtSensor.mjSENS_FORCE)
     for sensor in [sensor for sensor in spec.sensors if sensor.type in unread]:
         spec.delete(sensor)

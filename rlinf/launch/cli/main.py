@@ -9,7 +9,7 @@ from pathlib import Path
 
 import rlinf
 from rlinf.core.errors import ConfigError, RlinfError
-from rlinf.launch.cli.options import add_recording_options
+from rlinf.launch.cli.options import add_recording_options, add_robot_server_options
 
 CONFIG_DIR = "examples/embodiment/config"
 USER_ERROR = 2
@@ -95,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("path", metavar="PATH", help="folder that holds meta/, or its name below $HF_LEROBOT_HOME")
     info.add_argument("--check", action="store_true", help="read everything, and say what is damaged")
     info.add_argument("--threads", type=int, default=1, metavar="N", help="with --check: N pictures at a time (1)")
+
+    robot_server = commands.add_parser(
+        "robot_server", help="offer a robot arm and its cameras over HTTP (SERL's routes), with safety limits"
+    )
+    add_robot_server_options(robot_server)
 
     convert = commands.add_parser(
         "convert-resnet10", help="SERL's resnet10_params.pkl to a file for actor.model.model_path"
@@ -203,6 +208,13 @@ def run_dataset(chosen: argparse.Namespace) -> int:
     return show(chosen.path, check=chosen.check, num_threads=chosen.threads)
 
 
+def run_robot_server(chosen: argparse.Namespace) -> int:
+    """Serve an arm until SIGTERM or Ctrl-C; the arm is then held or parked."""
+    from rlinf.launch.cli.robot_server import run
+
+    return run(chosen)
+
+
 def run_convert(chosen: argparse.Namespace) -> int:
     """Convert SERL's encoder and print the name of the file."""
     from rlinf.models.serl_checkpoint import convert_resnet10
@@ -229,6 +241,7 @@ COMMANDS = {
     "play": run_play,
     "record": run_record,
     "dataset": run_dataset,
+    "robot_server": run_robot_server,
     "convert-resnet10": run_convert,
 }
 

@@ -27,3 +27,16 @@ def add_recording_options(parser: argparse.ArgumentParser) -> None:
     lerobot.add_argument("--codec", choices=("h264", "av1"), help="of videos; av1 is smaller and slower (h264)")
     lerobot.add_argument("--task", metavar="TEXT", help="what the robot does (default: what the environment says)")
     lerobot.add_argument("--robot", metavar="NAME", help="name of the robot, kept in the data set")
+
+
+def add_robot_server_options(parser: argparse.ArgumentParser) -> None:
+    """Which arm is served, and where."""
+    parser.add_argument("--driver", metavar="NAME", help="fake, twin, franky, panda_py or serl_http")
+    parser.add_argument(
+        "--config", metavar="JSON", help="settings of the cell: driver, arm, safety, cameras, control_hz, park"
+    )
+    parser.add_argument("--robot-ip", metavar="HOST", help="address of the robot's controller (franky, panda_py)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=5000, help="port to listen on; 0 takes a free one (5000)")
+    parser.add_argument("--park", action="store_true", help="in the end move to the reset joints instead of holding")
+    parser.add_argument("--verbose", action="store_true", help="log every request and every limit")

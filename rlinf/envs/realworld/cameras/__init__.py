@@ -1,0 +1,1 @@
+"""Cameras: sources of pictures, and the thread that keeps the newest one of each."""
