@@ -4,7 +4,8 @@
 # make clean    remove caches and build leftovers; keeps .venv and logs
 
 VENV ?= .venv
-JOBS ?= $(shell n=$$(nproc); echo $$(( n > 8 ? 8 : n )))
+# Half as many again as there are cores: many tests wait for processes of their own.
+JOBS ?= $(shell n=$$(nproc); n=$$(( n + n / 2 )); echo $$(( n > 12 ? 12 : n )))
 PYTHON := $(VENV)/bin/python
 
 # One thread per process: the tests already run in as many processes as there are cores.
