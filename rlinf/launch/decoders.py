@@ -70,6 +70,18 @@ def named_decoder(config: Root) -> NamedDecoder:
     )
 
 
+def remark_on_decoder(config: Root) -> str | None:
+    """What whoever reads this run's figures must know of its decoder; None for nothing."""
+    model = config.actor.model
+    if not isinstance(model, OpenpiConfig) or model.model_path is not None:
+        return None
+    name = "π0.5" if model.robot().model.pi05 else "π0"
+    return (
+        f"the frozen {name} ({model.openpi.size}) has random weights, to see that it runs, and solves nothing; "
+        "actor.model.model_path takes the folder of real ones"
+    )
+
+
 # ---- a flow policy of our own
 
 

@@ -19,6 +19,7 @@ from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.build import describe_replay
 from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.crew import Layout, build_crew, build_evaluator, spaces_of
+from rlinf.launch.decoders import remark_on_decoder
 from rlinf.launch.machine import (
     cores_for_training_envs,
     num_cores,
@@ -106,6 +107,8 @@ def _train(
         if (memory := describe_replay(config, spaces_of(crew.env))) is not None:
             reporter.note(memory)
         reporter.note(describe_parameters(crew.learner))
+        if (remark := remark_on_decoder(config)) is not None:
+            reporter.note(remark)
         last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0
         evaluator = None
         if config.runner.val_check_interval > 0:

@@ -15,6 +15,7 @@ from rlinf.envs.reach import ReachConfig
 from rlinf.launch import registry
 from rlinf.launch.build import build_networks, describe_replay
 from rlinf.launch.config import Root
+from rlinf.launch.decoders import remark_on_decoder
 from rlinf.launch.parse import load_config
 from rlinf.launch.run import evaluate_run, run_directory, train
 from rlinf.metrics import report
@@ -250,3 +251,11 @@ def test_an_environment_of_another_robot_is_refused_with_all_that_differs(tmp_pa
     assert text.startswith("actor.model.openpi.config_name pi0_libero_horizon10 does not fit: it looks for a camera")
     for part in ("the environment has top", "gives none", "have 7 numbers, the environment's 4"):
         assert part in text
+
+
+def test_random_weights_are_told_at_the_start(tmp_path):
+    assert remark_on_decoder(load(tmp_path)) == (
+        "the frozen π0 (tiny) has random weights, to see that it runs, and solves nothing; actor.model.model_path "
+        "takes the folder of real ones"
+    )
+    assert remark_on_decoder(load(tmp_path, f"actor.model.model_path={save_tiny(tmp_path / 'pi0')}")) is None
