@@ -44,7 +44,7 @@ def franka(seed: int, *, num_envs: int = ENVS, num_workers: int = 0) -> VectorEn
     from rlinf.envs.frankasim.config import FrankaSimConfig
     from rlinf.envs.frankasim.env import make
 
-    config = FrankaSimConfig()
+    config = FrankaSimConfig(total_num_envs=num_envs)
     return make(config, num_envs=num_envs, seed=seed, control_mode=None, num_workers=num_workers, render=False)
 
 

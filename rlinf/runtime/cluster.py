@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def joined(
 
     Raises MissingDependency where Ray is not installed, WorkerDied when there is no cluster or a machine does not come.
     """
-    show_token()
+    if "ray" not in sys.modules:  # it has read the environment when it was imported
+        show_token()
     try:
         import ray
     except ImportError as error:

@@ -379,21 +379,6 @@ def test_replay_prints_its_tables():
     assert "stable_baselines3" in output_of("replay.py")
 
 
-@pytest.mark.sim
-@pytest.mark.slow
-def test_scaling_prints_its_tables():
-    pytest.importorskip("ray")
-    out = output_of("scaling.py")
-    assert_fits(out.partition("\n\n")[2])
-    for row in (
-        "bare, 2 processes",
-        "Ray, 2 processes",
-        "threads, envs in, 2 processes",
-        "step 20, answer 20, 2 stages",
-    ):
-        assert row in out
-
-
 def test_a_run_over_processes_ends_cleanly():
     pytest.importorskip("ray")
     assert "ray     1 of 1 clean" in output_of("clean_ends.py", "--backends", "ray")

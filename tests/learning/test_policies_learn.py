@@ -43,11 +43,11 @@ def test_nothing_is_solved_without_learning(tmp_path):
 @pytest.mark.parametrize("aliasing", [False, True])
 def test_steering_makes_a_good_policy_of_a_careless_clone(tmp_path, aliasing, monkeypatch):
     """Demonstrations, clone and DSRL, by one command."""
-    monkeypatch.chdir(tmp_path)  # where the demonstrations go
     overrides = [f"actor.model.decoder_path={tmp_path / 'decoder'}", f"algorithm.noise_aliasing={aliasing}"]
     config = load_config(
         "reach_dsrl_flow", [f"runner.logger.log_path={tmp_path}", "runner.logger.logger_backends=[]", *overrides]
     )
+    monkeypatch.chdir(tmp_path)  # where the demonstrations go
     assert train(config) == 0
     clone = (tmp_path / "reach_flow_bc" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(clone)["eval/success_once"] < 0.8
