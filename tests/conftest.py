@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ def ray_machine() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from rlinf.runtime.cluster import joined
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as `cluster` has it, or other tests come first
     quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
     ray.init("local", num_cpus=2, num_gpus=4, _node_ip_address="127.0.0.1", object_store_memory=300 << 20, **quiet)
     with joined() as [machine]:

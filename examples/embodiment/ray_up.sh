@@ -51,6 +51,8 @@ source .venv/bin/activate
 # What Ray is started with here, the run's processes see here.
 export MUJOCO_GL="${MUJOCO_GL:-egl}" PYOPENGL_PLATFORM="${PYOPENGL_PLATFORM:-egl}"
 export RAY_USAGE_STATS_ENABLED=0
+# Processes of a run work at the priority of everything else; Ray would run them at niceness 15.
+export RAY_worker_niceness="${RAY_worker_niceness:-0}"
 # The patch version of Python may differ between a server and a robot's machine; the minor one may not.
 export RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor
 if [ "$kind" = down ]; then

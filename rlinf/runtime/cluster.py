@@ -98,6 +98,8 @@ def _initialise(address: str | None, num_nodes: int) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray runs its processes at niceness 15: whatever else the machine does would come before a run's own work.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if (address := address or _started_here()) is None and num_nodes == 1:
         ray.init("local", include_dashboard=False, **quiet)

@@ -77,7 +77,7 @@ def test_all_episodes_are_reported_once(tmp_path):
         tmp_path, [[CountingEnv(3)]], CountingAlgorithm(slow(0.005)), num_steps=10, chunks=5, updates=2
     )
     ended = sum(int(t.truncated.sum()) for t in algorithm.seen)
-    reported = sum(metrics["env/num_episodes"] for metrics in reporter.logged.values())
+    reported = sum(metrics.get("env/num_episodes", 0) for metrics in reporter.logged.values())  # perhaps none
     assert reported == ended > 0
 
 

@@ -234,6 +234,7 @@ def start_pair(ray_machine):
 
 def test_a_process_has_its_own_environment(pair):
     assert pair.group.run(lambda worker: os.environ["WHO"]).wait(20) == ["number 0", "number 1"]
+    assert pair.group.run(lambda worker: os.nice(0)).wait(20) == [0, 0], "Ray's default is 15"
     assert pair.group.run(lambda worker: os.environ["GLOO_SOCKET_IFNAME"]).wait(20) == ["lo", "lo"], "as its address"
     own, other = pair.group.run(lambda worker: os.getpid()).wait(20)
     assert len({own, other, os.getpid()}) == 3
