@@ -7,30 +7,25 @@ demonstrations, and both losses go through one backward pass.
 
     [1] Beyond Imitation: RL-based sim-real co-training, arXiv:2602.12628
 
+Actions behind the end of a demonstration have no part in it.
+
 B batch, H actions per chunk, A action size of the model, A' of the robot
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlinf.algorithms.optimize import load_generator
 from rlinf.core import tree
 from rlinf.core.ranks import ONE_RANK, Ranks
 from rlinf.core.types import Obs
-
-
-@dataclass(frozen=True)
-class DemoBatch:
-    """B demonstrated chunks: observations as an environment gives them, actions float32 [B, H, A'] in its units."""
-
-    obs: Obs
-    action: Tensor
+from rlinf.data.chunks import ChunkBatch
 
 
 class LearnsFromDemos(Protocol):
@@ -38,8 +33,8 @@ class LearnsFromDemos(Protocol):
 
     noise_shape: tuple[int, ...]
 
-    def flow_matching_loss(self, obs: Obs, actions: Tensor, *, noise: Tensor, time: Tensor) -> Tensor:
-        """Scalar, differentiable in the policy's parameters; noise [B, H, A], time [B]."""
+    def flow_matching_loss(self, obs: Obs, actions: Tensor, valid: Tensor, *, noise: Tensor, time: Tensor) -> Tensor:
+        """Differentiable scalar; actions [B, H, A'], valid [B, H] as in `ChunkBatch`, noise [B, H, A], time [B]."""
         ...
 
 
@@ -58,7 +53,7 @@ class Demonstrations:
     def __init__(
         self,
         network: LearnsFromDemos,
-        batch: Callable[[int], DemoBatch],
+        batch: Callable[[int], ChunkBatch],
         draw_time: Callable[[int, torch.Generator], Tensor],
         *,
         weight: float,
@@ -77,7 +72,8 @@ class Demonstrations:
         shape = (len(actions), *self.network.noise_shape[1:])
         noise = torch.randn(shape, generator=self.generator, device=self.device)
         time = self.draw_time(len(actions), self.generator)
-        return self.network.flow_matching_loss(tree.to(demos.obs, self.device), actions, noise=noise, time=time)
+        obs, valid = tree.to(demos.obs, self.device), demos.valid.to(self.device)
+        return self.network.flow_matching_loss(obs, actions, valid, noise=noise, time=time)
 
     def state_dict(self, ranks: Ranks = ONE_RANK) -> dict[str, Any]:
         """How many batches there were, and the generators of all ranks. Collective."""
@@ -86,8 +82,7 @@ class Demonstrations:
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks = ONE_RANK) -> None:
         """Inverse of `state_dict`; with another number of ranks, noise begins anew."""
         self.batches = state["batches"]
-        if len(state["generators"]) == ranks.size:
-            self.generator.set_state(state["generators"][ranks.rank].cpu())
+        load_generator(self.generator, state, ranks)
 
 
 def loss_ratio(rl: Tensor, sft: Tensor, weight: float) -> Tensor:

@@ -35,6 +35,21 @@ def weld(vertices: np.ndarray, faces: np.ndarray, cell: float) -> tuple[np.ndarr
     return welded, corners[np.sort(once)]
 
 
+def put_mesh(spec: Any, mesh: Any, vertices: np.ndarray, faces: np.ndarray) -> None:
+    """Give a mesh of an `MjSpec` this form; without users or volume it goes, and the geoms that show it, too."""
+    import mujoco
+
+    users = [geom for geom in spec.geoms if geom.meshname == mesh.name]
+    if not users or len(faces) == 0 or is_flat(vertices):
+        for geom in users:
+            spec.delete(geom)
+        spec.delete(mesh)
+        return
+    mesh.file, mesh.scale = "", (1, 1, 1)
+    mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL  # welded meshes are not watertight
+    mesh.uservert, mesh.userface = vertices.astype(np.float32).ravel(), faces.astype(np.int32).ravel()
+
+
 def is_flat(vertices: np.ndarray) -> bool:
     """Whether points lie nearly in a plane, so that MuJoCo takes them for no mesh."""
     return len(vertices) < 4 or np.linalg.matrix_rank(vertices - vertices.mean(0), tol=FLAT_M) < 3

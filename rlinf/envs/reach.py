@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rlinf.core.types import EnvSpaces, Obs
+from rlinf.envs.action_noise import ActionNoise
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.episodes import Outcome, ReplayedEnv, episode_rules
 
@@ -80,17 +81,12 @@ class ReachExpert:
     def __init__(
         self, noise_std: float = 0.0, generator: np.random.Generator | None = None, *, max_speed: float = 0.2
     ) -> None:
-        if noise_std > 0 and generator is None:
-            raise ValueError("a noisy expert needs a generator")
-        self._noise_std, self._generator, self._max_speed = noise_std, generator, max_speed
+        self._noise, self._max_speed = ActionNoise(noise_std, generator), max_speed
 
     def act(self, state: np.ndarray) -> np.ndarray:
         """Actions float32 [N, dim] in [−1, 1] for states float32 [N, 2 · dim]."""
         point, target = np.split(state, 2, axis=1)
-        action = (target - point) / self._max_speed
-        if self._generator is not None:
-            action = action + self._noise_std * self._generator.standard_normal(action.shape)
-        return np.clip(action, -1, 1).astype(np.float32)
+        return self._noise((target - point) / self._max_speed)
 
 
 def make(

@@ -8,8 +8,9 @@ import torch
 from segments import ACTION, STATE, network, played
 from torch import nn
 
-from rlinf.algorithms.co_training import DemoBatch, Demonstrations, loss_ratio
+from rlinf.algorithms.co_training import Demonstrations, loss_ratio
 from rlinf.algorithms.ppo import PPO
+from rlinf.data.chunks import ChunkBatch
 
 BETA = 0.2
 
@@ -23,7 +24,7 @@ class Cloned(nn.Module):
         super().__init__()
         self.net = network()
 
-    def flow_matching_loss(self, obs, actions, *, noise, time):
+    def flow_matching_loss(self, obs, actions, valid, *, noise, time):
         return (self.net.net(obs["state"])[:, None] + time[:, None, None] * noise - actions).square().mean()
 
     def __getattr__(self, name):
@@ -35,7 +36,8 @@ class Cloned(nn.Module):
 
 def batch(number, size=5):
     draw = torch.Generator().manual_seed(100 + number)
-    return DemoBatch({"state": torch.randn(size, STATE, generator=draw)}, torch.randn(size, 1, ACTION, generator=draw))
+    obs = {"state": torch.randn(size, STATE, generator=draw)}
+    return ChunkBatch(obs, torch.randn(size, 1, ACTION, generator=draw), torch.ones(size, 1, dtype=torch.bool))
 
 
 def demonstrations(net, weight=BETA):

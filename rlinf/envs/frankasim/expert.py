@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rlinf.core.errors import ShapeError
+from rlinf.envs.action_noise import ActionNoise
 from rlinf.envs.frankasim.control import BLOCK_POS, GRIPPER, MOVE_M, STATE_DIM, STIFFNESS, TOOL_POS, TOOL_VEL
 
 LAG_S = 1.2 / np.sqrt(STIFFNESS)
@@ -26,9 +27,7 @@ class PickCubeExpert:
     """
 
     def __init__(self, noise_std: float = 0.0, generator: np.random.Generator | None = None) -> None:
-        if noise_std > 0 and generator is None:
-            raise ValueError("a noisy expert needs a generator")
-        self._noise_std, self._generator = noise_std, generator
+        self._noise = ActionNoise(noise_std, generator)
 
     def act(self, state: np.ndarray) -> np.ndarray:
         """Actions float32 [N, 4] in [−1, 1] for states float32 [N, 10]. Raises ShapeError for other states."""
@@ -45,7 +44,4 @@ class PickCubeExpert:
         move[:, 2] += APPROACH_SLOPE * np.maximum(beside - ALIGNED_M, 0)
         move[held] = (0, 0, LIFT_PER_STEP_M)
         grip = np.where(held | at_block, 1.0, -1.0)
-        action = np.concatenate((move / MOVE_M, grip[:, None]), 1)
-        if self._generator is not None:
-            action += self._noise_std * self._generator.standard_normal(action.shape)
-        return np.clip(action, -1, 1).astype(np.float32)
+        return self._noise(np.concatenate((move / MOVE_M, grip[:, None]), 1))

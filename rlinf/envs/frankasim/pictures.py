@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.envs.coarse_mesh import is_flat, mesh_of, weld
+from rlinf.envs.coarse_mesh import mesh_of, put_mesh, weld
 from rlinf.envs.frankasim.config import Rendering
 from rlinf.envs.frankasim.scene import import_mujoco, read_scene
 from rlinf.envs.opengl import draws_in_software, free_context, open_context, release_context
@@ -107,23 +107,14 @@ def cheap_model(physics: Any, read: Callable[[], Any] = read_scene) -> Any:
         physics: the compiled scene, for its meshes.
         read: the scene from which it was compiled.
     """
-    mujoco = import_mujoco()
     spec = read()
     for unseen in [*spec.sensors, *(geom for geom in spec.geoms if geom.group == COLLISION_GROUP)]:
         spec.delete(unseen)
     for mesh in list(spec.meshes):
         mesh.name = mesh.name or Path(mesh.file).stem
-        users = [geom for geom in spec.geoms if geom.meshname == mesh.name]
         cell = GRIPPER_CELL_M if mesh.name in GRIPPER_MESHES else ARM_CELL_M
         vertices, faces = weld(*mesh_of(physics, mesh.name), cell)
-        if not users or len(faces) == 0 or is_flat(vertices):
-            for geom in users:
-                spec.delete(geom)
-            spec.delete(mesh)
-            continue
-        mesh.file, mesh.scale = "", (1, 1, 1)
-        mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL  # welded meshes are not watertight
-        mesh.uservert, mesh.userface = vertices.astype(np.float32).ravel(), faces.astype(np.int32).ravel()
+        put_mesh(spec, mesh, vertices, faces)
     spec.geom("floor").size[2] = FLOOR_GRID_M
     model = spec.compile()
     model.vis.quality.offsamples = model.vis.quality.shadowsize = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rlinf.core.errors import ShapeError
+from rlinf.envs.action_noise import ActionNoise
 from rlinf.envs.libero.scene import FULL_STATE_DIM, OBJECT, PLACE
 
 TOOL, FINGERS = slice(0, 3), slice(6, 8)
@@ -28,18 +29,13 @@ class BowlExpert:
     """
 
     def __init__(self, noise_std: float = 0.0, generator: np.random.Generator | None = None) -> None:
-        if noise_std > 0 and generator is None:
-            raise ValueError("a noisy expert needs a generator")
-        self._noise_std, self._generator = noise_std, generator
+        self._noise = ActionNoise(noise_std, generator)
 
     def act(self, state: np.ndarray) -> np.ndarray:
         """Actions float32 [N, 7] in [−1, 1] for full states float32 [N, 14]. Raises ShapeError for other states."""
         if state.ndim != 2 or state.shape[1] != FULL_STATE_DIM:
             raise ShapeError(f"the expert takes full states [N, {FULL_STATE_DIM}] of LIBERO, not {list(state.shape)}")
-        action = np.stack([self._one(row) for row in state.astype(np.float64)])
-        if self._generator is not None:
-            action[:, :6] += self._noise_std * self._generator.standard_normal(action[:, :6].shape)
-        return np.clip(action, -1, 1).astype(np.float32)
+        return self._noise(np.stack([self._one(row) for row in state.astype(np.float64)]), size=6)
 
     def _one(self, state: np.ndarray) -> np.ndarray:
         tool, bowl, plate = state[TOOL], state[OBJECT], state[PLACE]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.envs.coarse_mesh import is_flat, mesh_of, weld
+from rlinf.envs.coarse_mesh import mesh_of, put_mesh, weld
 from rlinf.envs.libero.config import Rendering
 from rlinf.envs.libero.scene import Scene, World
 from rlinf.envs.opengl import draws_in_software, free_context, open_context, release_context
@@ -154,19 +154,11 @@ def cheap_model(scene: Scene) -> Any:
     spec.compiler.inertiagrouprange[:] = [0, 5]
     spec.compiler.boundmass = spec.compiler.boundinertia = 1e-6
     for mesh in [mesh for mesh in spec.meshes if mesh.name.startswith(ROBOT_PREFIXES)]:
-        users = [geom for geom in spec.geoms if geom.meshname == mesh.name]
         cell = GRIPPER_CELL_M if mesh.name.startswith("gripper0_") else ARM_CELL_M
         if (mesh.file, cell) not in _COARSE:
             _COARSE[mesh.file, cell] = weld(*mesh_of(scene.model, mesh.name), cell)
         vertices, faces = _COARSE[mesh.file, cell]
-        if not users or len(faces) == 0 or is_flat(vertices):
-            for geom in users:
-                spec.delete(geom)
-            spec.delete(mesh)
-            continue
-        mesh.file, mesh.scale = "", (1, 1, 1)
-        mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL  # welded meshes are not watertight
-        mesh.uservert, mesh.userface = vertices.astype(np.float32).ravel(), faces.astype(np.int32).ravel()
+        put_mesh(spec, mesh, vertices, faces)
     model = spec.compile()
     model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
     model.light_castshadow[:] = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rlinf.core.errors import ShapeError
+from rlinf.envs.action_noise import ActionNoise
 
 STATE_DIM = 42
 GRASPED, TO_CUBE, TO_GOAL = 18, slice(36, 39), slice(39, 42)
@@ -34,9 +35,7 @@ class PickCubeExpert:
     """
 
     def __init__(self, noise_std: float = 0.0, generator: np.random.Generator | None = None) -> None:
-        if noise_std > 0 and generator is None:
-            raise ValueError("a noisy expert needs a generator")
-        self._noise_std, self._generator = noise_std, generator
+        self._noise = ActionNoise(noise_std, generator)
 
     def act(self, state: np.ndarray) -> np.ndarray:
         """Actions float32 [N, 4] in [−1, 1] for states float32 [N, 42]. Raises ShapeError for other states."""
@@ -50,7 +49,7 @@ class PickCubeExpert:
         move[~aligned, 2] += APPROACH_HEIGHT_M
         move[grasped] = to_goal[grasped]
         grip = np.where(grasped | at_cube, -1.0, 1.0)
-        return _action(move, grip, self._noise_std, self._generator)
+        return self._noise(_action(move, grip))
 
 
 class StackCubeExpert:
@@ -62,9 +61,7 @@ class StackCubeExpert:
     """
 
     def __init__(self, noise_std: float = 0.0, generator: np.random.Generator | None = None) -> None:
-        if noise_std > 0 and generator is None:
-            raise ValueError("a noisy expert needs a generator")
-        self._noise_std, self._generator = noise_std, generator
+        self._noise = ActionNoise(noise_std, generator)
 
     def act(self, state: np.ndarray) -> np.ndarray:
         """Actions float32 [N, 4] in [−1, 1] for states float32 [N, 48]. Raises ShapeError for other states."""
@@ -90,7 +87,7 @@ class StackCubeExpert:
         away = stacked & (opening > RELEASED_OPENING_M)
         move[away] = (0, 0, APPROACH_HEIGHT_M)
         grip = np.where((held | at_cube) & ~stacked, -1.0, 1.0)
-        return _action(move, grip, self._noise_std, self._generator)
+        return self._noise(_action(move, grip))
 
 
 def _check_states(state: np.ndarray, size: int, task: str) -> None:
@@ -98,9 +95,6 @@ def _check_states(state: np.ndarray, size: int, task: str) -> None:
         raise ShapeError(f"the expert takes states [N, {size}] of {task}, not {list(state.shape)}")
 
 
-def _action(move: np.ndarray, grip: np.ndarray, noise_std: float, generator: np.random.Generator | None) -> np.ndarray:
-    """float32 [N, 4] in [−1, 1] from moves in m [N, 3] and grip [N]."""
-    action = np.concatenate((move / MAX_MOVE_M, grip[:, None]), 1)
-    if generator is not None:
-        action += noise_std * generator.standard_normal(action.shape)
-    return np.clip(action, -1, 1).astype(np.float32)
+def _action(move: np.ndarray, grip: np.ndarray) -> np.ndarray:
+    """[N, 4] from moves in m [N, 3] and grip [N]."""
+    return np.concatenate((move / MAX_MOVE_M, grip[:, None]), 1)

@@ -165,7 +165,9 @@ def test_padding_has_no_part_in_demonstrations():
     network, obs = policy(), observe()
     actions = torch.randn(B, 8, ROBOT)
     noise, time = torch.randn(B, 8, 32), torch.tensor([0.2, 0.5, 0.9])
-    loss = network.flow_matching_loss(obs, actions, noise=noise, time=time)
+    valid = torch.ones(B, 8, dtype=torch.bool)
+    valid[1, 3:] = False
+    loss = network.flow_matching_loss(obs, actions, valid, noise=noise, time=time)
     loss.backward()
     grad = network.model.action_out_proj.weight.grad
     assert (grad[:ROBOT].abs().amax(1) > 0).all() and (grad[ROBOT:] == 0).all()
@@ -173,7 +175,7 @@ def test_padding_has_no_part_in_demonstrations():
     inputs = network.pipeline.encode(obs)
     chunk = torch.cat([actions, torch.zeros(B, 8, 25)], -1)
     elements = network.model.loss(inputs, chunk, noise=noise, time=time)
-    assert loss.item() == pytest.approx(elements[..., :ROBOT].mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(elements[valid][:, :ROBOT].mean().item(), rel=1e-4)
 
 
 def test_mistakes_are_named():

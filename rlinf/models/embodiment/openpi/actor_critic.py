@@ -194,17 +194,19 @@ class Pi0ActorCritic(nn.Module):
         """V(s) [B]."""
         return self._value(self._encode(obs))
 
-    def flow_matching_loss(self, obs: Obs, actions: Tensor, *, noise: Tensor, time: Tensor) -> Tensor:
-        """Mean of |v(x_t, t) − u|² over the robot's numbers of demonstrated chunks; padding has no part in it.
+    def flow_matching_loss(self, obs: Obs, actions: Tensor, valid: Tensor, *, noise: Tensor, time: Tensor) -> Tensor:
+        """Mean of |v(x_t, t) − u|² over the robot's numbers of valid demonstrated actions; padding has no part in it.
 
         Args:
             obs: observations as an environment gives them.
             actions: float32 [B, H, A'] in the robot's units.
+            valid: bool [B, H], false behind the end of an episode; at least one true.
             noise: standard normal numbers [B, H, A].
             time: [B]; see `model.training_time`.
         """
         inputs, chunk = self.pipeline.encode_with_actions(obs, actions, noise.device)
-        return self.model.loss(inputs, chunk, noise=noise, time=time)[..., : self.walk.action_dim].mean()
+        error = self.model.loss(inputs, chunk, noise=noise, time=time)[..., : self.walk.action_dim].mean(-1)
+        return (error * valid).sum() / valid.sum()
 
     # ---- walks
 
