@@ -53,3 +53,14 @@ def put_mesh(spec: Any, mesh: Any, vertices: np.ndarray, faces: np.ndarray) -> N
 def is_flat(vertices: np.ndarray) -> bool:
     """Whether points lie nearly in a plane, so that MuJoCo takes them for no mesh."""
     return len(vertices) < 4 or np.linalg.matrix_rank(vertices - vertices.mean(0), tol=FLAT_M) < 3
+
+
+def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals [V, 3]: the mean of those of the faces around each vertex, larger faces counting more."""
+    a, b, c = (vertices[faces[:, k]] for k in range(3))
+    doubled = np.cross(b - a, c - a)
+    normals = np.zeros_like(vertices)
+    for k in range(3):
+        np.add.at(normals, faces[:, k], doubled)
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    return normals / np.maximum(length, 1e-12)

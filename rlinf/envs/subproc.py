@@ -35,6 +35,8 @@ START_TIMEOUT_S = 300.0
 """Importing a simulator and compiling shaders for many scenes may take minutes on a slow disk."""
 ANSWER_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 2.0
+KILL_TIMEOUT_S = 30.0
+"""On a machine with more work than cores a process that holds a renderer takes seconds to be gone."""
 LAST_WORDS_BYTES = 2000
 
 Command = Literal["make", "memory", "reset", "step", "render", "save", "load", "close"]
@@ -243,7 +245,7 @@ class _Worker:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(STOP_TIMEOUT_S)
+            self.process.wait(KILL_TIMEOUT_S)
         self.output.close()
 
     def _death(self) -> WorkerDied:

@@ -186,6 +186,8 @@ def with_full_state(env: EnvConfig) -> EnvConfig | None:
         return env.model_copy(update={"gym_id": "PandaPickCube-v0", "obs_mode": None})
     if isinstance(env, LiberoConfig):
         return env.model_copy(update={"show_objects": True, "image_size": UNSEEN_PIXELS})
+    if isinstance(env, ManiSkillConfig) and env.init_params.obs_mode == "rgb":
+        return env.model_copy(update={"init_params": env.init_params.model_copy(update={"obs_mode": "state"})})
     return None
 
 

@@ -34,6 +34,8 @@ from rlinf.launch.demonstrators import StepByStep
 from rlinf.launch.record import record_into, stage, task_of, training_env
 
 TASK_TEXTS = {
+    "PandaPutOnPlateInScene25DigitalTwin-v1": "Pick up the object on the table and place it into the white tray.",
+    "PandaPutOnTrayDigitalTwin-v1": "Pick up the object on the table and place it into the white tray.",
     "PickCube-v1": "Pick up the cube and hold it at the goal.",
     "PushCube-v1": "Push the cube onto the target.",
     "frankasim": "Pick up the cube.",

@@ -21,6 +21,8 @@ EXPERTS: Mapping[str, str] = {
     "frankasim": "rlinf.envs.frankasim.expert:PickCubeExpert",
     "libero_spatial": "rlinf.envs.libero.expert:BowlExpert",
     "reach": "rlinf.envs.reach:ReachExpert",
+    "PandaPutOnPlateInScene25DigitalTwin-v1": "rlinf.envs.maniskill.twin_expert:PutOnTrayExpert",
+    "PandaPutOnTrayDigitalTwin-v1": "rlinf.envs.maniskill.twin_expert:PutOnTrayExpert",
     "PickCube-v1": "rlinf.envs.maniskill.expert:PickCubeExpert",
     "StackCube-v1": "rlinf.envs.maniskill.expert:StackCubeExpert",
 }

@@ -14,7 +14,8 @@ from rlinf.core.protocols import VectorEnv
 from rlinf.envs import reach
 from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.libero.config import LiberoConfig
-from rlinf.envs.maniskill.config import ManiSkillConfig
+from rlinf.envs.maniskill import vulkan
+from rlinf.envs.maniskill.config import CONTROL_MODES, TWIN_TASK, ManiSkillConfig
 
 N, LIMIT = 3, 4
 VISION = "PandaPickCubeVision-v0"
@@ -22,6 +23,12 @@ VISION = "PandaPickCubeVision-v0"
 needs_maniskill = [
     pytest.mark.sim,
     pytest.mark.skipif(importlib.util.find_spec("mani_skill") is None, reason="ManiSkill is not installed"),
+]
+
+needs_pictures = [
+    *needs_maniskill,
+    pytest.mark.render,
+    pytest.mark.skipif(vulkan.find_icd() is None, reason="no Vulkan driver"),
 ]
 
 needs_frankasim = [
@@ -67,14 +74,21 @@ class Kind:
             return make(LiberoConfig(**(LIBERO_RULES | keys)), control_mode=None, **shared)
         from rlinf.envs.maniskill.env import make
 
-        config = ManiSkillConfig(stepping=self.stepping, init_params={"sim_backend": "cpu"}, **keys)
+        config = ManiSkillConfig(stepping=self.stepping, init_params={"sim_backend": "cpu"} | self.twin(), **keys)
         return make(config, control_mode="pd_ee_delta_pos", **shared)
+
+    def twin(self):
+        if self.task != TWIN_TASK:
+            return {}
+        small = {"obs_mode": "rgb", "sensor_configs": {"width": 16, "height": 16}, "reward_mode": "dense"}
+        return small | {"id": self.task, "control_mode": CONTROL_MODES["panda_wristcam"]}
 
 
 KINDS = [
     pytest.param(Kind("reach"), id="reach"),
     pytest.param(Kind("maniskill", 0, "fast"), id="fast", marks=needs_maniskill),
     pytest.param(Kind("maniskill", 0, "maniskill"), id="general", marks=needs_maniskill),
+    pytest.param(Kind("maniskill", task=TWIN_TASK), id="twin", marks=needs_pictures),
     pytest.param(Kind("frankasim", task="PandaPickCube-v0"), id="frankasim", marks=needs_frankasim),
     pytest.param(Kind("frankasim", task=VISION), id="vision", marks=needs_frankasim),
     pytest.param(Kind("libero"), id="libero", marks=needs_libero),

@@ -192,11 +192,59 @@ def why_not_fast(spec: SceneSpec) -> str | None:
     """Why this scene cannot be stepped here, or None if it can."""
     if spec.task not in TASKS:
         return f"it is written for {' and '.join(TASKS)} only, not for {spec.task}"
+    if spec.obs_mode == "rgb":
+        return "it draws no pictures"
     if spec.control_mode not in CONTROL_MODES:
         return f"it drives {' and '.join(CONTROL_MODES)} only, not {spec.control_mode}"
     if spec.robot not in (None, "panda"):
         return f"it drives the panda only, not {spec.robot}"
     return None
+
+
+class Touch:
+    """What presses on what in a world with a Panda."""
+
+    def __init__(self, agent: Any) -> None:
+        self._fingers = tuple(
+            (link._objs[0], sign) for link, sign in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0))
+        )
+
+    def grasps(self, physics: Any, thing: Any) -> bool:
+        """Whether both fingers press on `thing` from inside: force and angle as ManiSkill's `is_grasping`."""
+        pairs = _touching(physics)
+        for finger, sign in self._fingers:
+            force = _force(pairs, finger.entity, thing, physics.timestep)
+            strength = math.hypot(*force)
+            if strength < GRASP_FORCE_N:
+                return False
+            opening = (sign * finger.entity_pose.to_transformation_matrix()[:3, 1]).tolist()
+            cosine = sum(f * o for f, o in zip(force, opening, strict=True)) / strength
+            if math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) > GRASP_ANGLE_DEG:
+                return False
+        return True
+
+    def force(self, physics: Any, one: Any, other: Any) -> tuple[float, float, float]:
+        """Force between two entities in N."""
+        return _force(_touching(physics), one, other, physics.timestep)
+
+
+def _touching(physics: Any) -> list[Any]:
+    return [(*(body.entity for body in contact.bodies), contact.points) for contact in physics.get_contacts()]
+
+
+def _force(pairs: list[Any], one: Any, other: Any, period: float) -> tuple[float, float, float]:
+    x = y = z = 0.0
+    for first, second, points in pairs:
+        if first == one and second == other:
+            sign = 1.0
+        elif first == other and second == one:
+            sign = -1.0
+        else:
+            continue
+        for point in points:
+            impulse = point.impulse
+            x, y, z = x + sign * impulse[0], y + sign * impulse[1], z + sign * impulse[2]
+    return x / period, y / period, z / period
 
 
 class Panda:
@@ -215,9 +263,7 @@ class Panda:
         self._joints = self._arm.active_joints
         self._root = self._arm.links[0]
         self.tcp = agent.tcp._objs[0]
-        self._fingers = tuple(
-            (link._objs[0], sign) for link, sign in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0))
-        )
+        self._touch = Touch(agent)
         self._physics_steps = world._sim_steps_per_control
         self._noise_std = world.table_scene.robot_init_qpos_noise
         arm, gripper = controllers["arm"].config, controllers["gripper"].config
@@ -259,34 +305,8 @@ class Panda:
         self._sense()
 
     def grasps(self, thing: Any) -> bool:
-        """Whether both fingers press on `thing` from inside: force and angle as ManiSkill's `is_grasping`."""
-        contacts = self._physics.get_contacts()
-        pairs = [(*(body.entity for body in contact.bodies), contact.points) for contact in contacts]
-        for finger, sign in self._fingers:
-            force = self._force(pairs, finger.entity, thing)
-            strength = math.hypot(*force)
-            if strength < GRASP_FORCE_N:
-                return False
-            opening = (sign * finger.entity_pose.to_transformation_matrix()[:3, 1]).tolist()
-            cosine = sum(f * o for f, o in zip(force, opening, strict=True)) / strength
-            if math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) > GRASP_ANGLE_DEG:
-                return False
-        return True
-
-    def _force(self, pairs: list[Any], one: Any, other: Any) -> tuple[float, float, float]:
-        x = y = z = 0.0
-        for first, second, points in pairs:
-            if first == one and second == other:
-                sign = 1.0
-            elif first == other and second == one:
-                sign = -1.0
-            else:
-                continue
-            for point in points:
-                impulse = point.impulse
-                x, y, z = x + sign * impulse[0], y + sign * impulse[1], z + sign * impulse[2]
-        period = self._physics.timestep
-        return x / period, y / period, z / period
+        """Whether both fingers press on `thing` from inside."""
+        return self._touch.grasps(self._physics, thing)
 
     def _joint_targets(self, action: np.ndarray) -> list[float]:
         return (self.qpos[:ARM_JOINTS] + (self._middle + self._half_range * action[:ARM_JOINTS])).tolist()
@@ -324,6 +344,9 @@ def _middle_and_half_range(lower: float, upper: float) -> tuple[np.float32, np.f
 class FastScene:
     """A `Scene` of one of `TASKS`."""
 
+    cameras: dict[str, tuple[int, int, int]] = {}  # noqa: RUF012  # no instance has others
+    instruction: str | None = None
+
     def __init__(self, spec: SceneSpec) -> None:
         self._world = open_world(spec)
         self._spec = spec
@@ -353,6 +376,10 @@ class FastScene:
     def observe(self) -> np.ndarray:
         """As `Scene.observe`."""
         return self._reading.state
+
+    def see(self) -> dict[str, np.ndarray]:
+        """As `Scene.see`: nothing."""
+        return {}
 
     def render(self) -> np.ndarray:
         """As `Scene.render`."""

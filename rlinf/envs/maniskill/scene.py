@@ -7,13 +7,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from rlinf.core.errors import ConfigError, MissingDependency
+from rlinf.envs.maniskill.config import PUBLISHED_TWIN_TASK, TWIN_TASKS, TwinWorld
 from rlinf.envs.maniskill.novulkan import no_visuals
 from rlinf.envs.maniskill.vulkan import INSTALL_COMMAND, WITHOUT_FILM, use_icd
 
@@ -23,7 +25,8 @@ class SceneSpec:
     """Which world to open. The names are ManiSkill's.
 
     `reward` is `normalized_dense`, `dense`, `sparse`, `only_success` or None for the task's default. `robot` is
-    None for the task's default.
+    None for the task's default. With `obs_mode` `rgb` the world has pictures, and its state is what the robot knows of
+    itself. `twin` are the numbers of a digital twin.
     """
 
     task: str
@@ -35,6 +38,13 @@ class SceneSpec:
     render_mode: str | None = None
     render_size: tuple[int, int] = (256, 256)
     sensor_configs: dict[str, Any] = field(default_factory=dict)
+    obs_mode: Literal["state", "rgb"] = "state"
+    twin: TwinWorld | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything of the world is ever drawn."""
+        return self.render_mode is not None or self.obs_mode == "rgb"
 
 
 class Scene(Protocol):
@@ -42,6 +52,10 @@ class Scene(Protocol):
 
     state_dim: int
     action_dim: int
+    cameras: dict[str, tuple[int, int, int]]
+    """Camera → shape of its picture, [height, width, 3]; none in a world that is observed by its state."""
+    instruction: str | None
+    """What the robot is told, in a world that is observed by pictures."""
 
     def begin(self, seed: int) -> None:
         """Put the world into the initial state of this seed, free of what happened before."""
@@ -53,6 +67,10 @@ class Scene(Protocol):
 
     def observe(self) -> np.ndarray:
         """Present state, float32 [S]."""
+        ...
+
+    def see(self) -> dict[str, np.ndarray]:
+        """Camera → its present picture, uint8 [height, width, 3]."""
         ...
 
     def render(self) -> np.ndarray:
@@ -70,10 +88,12 @@ def open_world(spec: SceneSpec, *, num_envs: int = 1, gpu: bool = False) -> Any:
     # ManiSkill asks on stdin whether to download missing assets, and nobody is there to answer. It is not to
     # download on its own either (`_check_assets`); where a task does so all the same, it fails at once offline.
     os.environ["MS_SKIP_ASSET_DOWNLOAD_PROMPT"] = "1"
-    rendering = spec.render_mode is not None
+    rendering = spec.draws
     renderer = use_icd(cuda=torch.cuda.is_available()) if rendering else "none"
     with _quiet():
         registry = _import_registry()
+        if spec.task in TWIN_TASKS:
+            from rlinf.envs.maniskill import twin_assets, twin_task  # noqa: F401  # registers them
         _check_task(spec, registry)
         _check_assets(spec, registry)
         with _clear_errors(spec), nullcontext() if rendering else no_visuals():
@@ -102,6 +122,10 @@ def _check_task(spec: SceneSpec, registry: dict[str, Any]) -> None:
 def _check_assets(spec: SceneSpec, registry: dict[str, Any]) -> None:
     from mani_skill.utils import assets
 
+    if spec.task == PUBLISHED_TWIN_TASK:
+        from rlinf.envs.maniskill.twin_assets import find_assets
+
+        find_assets()
     groups = registry[spec.task].asset_download_ids or []
     expand = assets.expand_data_group_into_individual_data_source_ids
     sources = [s for group in groups for s in (expand(group) if group in assets.DATA_GROUPS else [group])]
@@ -118,19 +142,22 @@ def _arguments(spec: SceneSpec, num_envs: int, gpu: bool, renderer: str) -> dict
     width, height = spec.render_size
     arguments: dict[str, Any] = {
         "num_envs": num_envs,
-        "obs_mode": "state",
+        # Pictures are taken when they are asked for, not in every step.
+        "obs_mode": "none" if spec.obs_mode == "rgb" else "state",
         "control_mode": spec.control_mode,
         "sim_backend": "physx_cuda" if gpu else "physx_cpu",
         "render_backend": renderer,
         "render_mode": spec.render_mode,
         "sim_config": {"sim_freq": spec.sim_freq, "control_freq": spec.control_freq},
-        "sensor_configs": dict(spec.sensor_configs),
+        "sensor_configs": deepcopy(spec.sensor_configs),
         "human_render_camera_configs": {"width": width, "height": height},
     }
     if spec.reward is not None:
         arguments["reward_mode"] = "none" if spec.reward == "only_success" else spec.reward
     if spec.robot is not None:
         arguments["robot_uids"] = spec.robot
+    if spec.twin is not None:
+        arguments["twin"] = spec.twin
     return arguments
 
 
@@ -215,36 +242,82 @@ class ManiSkillScene:
 
     def __init__(self, spec: SceneSpec) -> None:
         self._world = open_world(spec)
-        self._only_success = spec.reward == "only_success"
-        self._state = _row(begin_world(self._world, seed=0))
-        self.state_dim = len(self._state)
+        self._spec = spec
+        self.begin(seed=0)
+        self.state_dim = len(self.observe())
         self.action_dim = int(self._world.single_action_space.shape[0])
+        sees = spec.obs_mode == "rgb"
+        self.cameras = picture_shapes(self._world) if sees else {}
+        self.instruction = instruction_of(self._world) if sees else None
 
     def begin(self, seed: int) -> None:
         """As `Scene.begin`."""
-        self._state = _row(begin_world(self._world, seed))
+        observation = begin_world(self._world, seed)
+        self._read(observation, self._world.get_info() if self._spec.obs_mode == "rgb" else {})
 
     def advance(self, action: np.ndarray) -> tuple[float, bool, bool]:
         """As `Scene.advance`."""
         observation, reward, _, _, info = self._world.step(action)
-        self._state = _row(observation)
+        self._read(observation, info)
         success, failure = bool(info.get("success", False)), bool(info.get("fail", False))
-        return float(success) if self._only_success else float(reward), success, failure
+        return float(success) if self._spec.reward == "only_success" else float(reward), success, failure
 
     def observe(self) -> np.ndarray:
         """As `Scene.observe`."""
         return self._state
 
+    def see(self) -> dict[str, np.ndarray]:
+        """As `Scene.see`."""
+        return {name: picture[0].numpy() for name, picture in take_pictures(self._world).items()}
+
     def render(self) -> np.ndarray:
         """As `Scene.render`."""
         return render_world(self._world)[0]
+
+    def _read(self, observation: Any, info: dict[str, Any]) -> None:
+        state = own_state(self._world, info) if self._spec.obs_mode == "rgb" else observation
+        self._state = state[0].numpy().astype(np.float32, copy=True)
+
+
+def own_state(world: Any, info: dict[str, Any]) -> torch.Tensor:
+    """What the robots of a world that is observed by pictures know of themselves, [N, S]."""
+    from mani_skill.utils.common import flatten_state_dict
+
+    parts = {"agent": world._get_obs_agent(), "extra": world._get_obs_extra(info)}
+    state: torch.Tensor = flatten_state_dict(parts, use_torch=True, device=world.device)
+    return state.float()
+
+
+def take_pictures(world: Any) -> dict[str, torch.Tensor]:
+    """Camera → uint8 [N, height, width, 3] of what the task's cameras see now."""
+    for thing in world._hidden_objects:
+        thing.hide_visual()
+    world.scene.update_render(update_sensors=True, update_human_render_cameras=False)
+    world.capture_sensor_data()
+    only_colours = {"rgb": True, "depth": False, "position": False, "segmentation": False}
+    return {
+        name: camera.get_obs(**only_colours)["rgb"].to(torch.uint8).contiguous()
+        for name, camera in world.scene.sensors.items()
+    }
+
+
+def picture_shapes(world: Any) -> dict[str, tuple[int, int, int]]:
+    """Camera → [height, width, 3]. Raises ConfigError where the task has no camera."""
+    cameras = {name: camera.config for name, camera in world.scene.sensors.items()}
+    if not cameras:
+        raise ConfigError("env.*.init_params.obs_mode: rgb needs a camera, and the task has none; set it to state")
+    return {name: (camera.height, camera.width, 3) for name, camera in cameras.items()}
+
+
+def instruction_of(world: Any) -> str | None:
+    """The words of the task, where it has some."""
+    if not hasattr(world, "get_language_instruction"):
+        return None
+    words: list[str] = world.get_language_instruction()
+    return words[0]
 
 
 def render_world(world: Any) -> np.ndarray:
     """uint8 [N, height, width, 3] of all worlds that were opened with a render mode."""
     pictures = world.render()
     return np.ascontiguousarray(pictures.cpu().numpy().astype(np.uint8, copy=False))
-
-
-def _row(observation: Any) -> np.ndarray:
-    return observation[0].numpy().astype(np.float32, copy=True)
