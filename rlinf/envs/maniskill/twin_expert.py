@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rlinf.core.errors import ShapeError
+from rlinf.envs.action_noise import ActionNoise
 
 STATE_DIM = 17
 ACTION_DIM = 7
@@ -39,9 +40,7 @@ class PutOnTrayExpert:
     """
 
     def __init__(self, noise_std: float = 0.0, generator: np.random.Generator | None = None) -> None:
-        if noise_std > 0 and generator is None:
-            raise ValueError("a noisy expert needs a generator")
-        self._noise_std, self._generator = noise_std, generator
+        self._noise = ActionNoise(noise_std, generator)
 
     def act(self, state: np.ndarray) -> np.ndarray:
         """Actions float32 [N, 7] in [−1, 1] for states float32 [N, 17]. Raises ShapeError for other states."""
@@ -81,6 +80,4 @@ class PutOnTrayExpert:
         turns = np.zeros_like(move)
         turns[:, 2] = turn
         action = np.concatenate((GAIN * move / MOVE_M, GAIN * turns / TURN_RAD, grip[:, None]), 1)
-        if self._generator is not None:
-            action[:, :6] += self._noise_std * self._generator.standard_normal((len(action), 6))
-        return np.clip(action, -1, 1).astype(np.float32)
+        return self._noise(action, OPENING)
