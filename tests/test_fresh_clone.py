@@ -22,7 +22,9 @@ TINY = [
     "actor.global_batch_size=4",
     "actor.micro_batch_size=4",
     "env.train.total_num_envs=2",
+    "env.train.num_workers=0",
     "env.eval.total_num_envs=1",
+    "env.eval.num_workers=0",
     "env.eval.video_cfg.save_video=False",
 ]
 
