@@ -155,24 +155,39 @@ def stage(config: Root, checkpoint: str | None, noise_std: float) -> Iterator[tu
             "a scripted expert answers one action at a time; set actor.model.num_action_chunks=1 or give --checkpoint"
         )
 
-    def make(env: EnvConfig) -> VectorEnv:
-        return make_env(env, num_envs=env.total_num_envs, seed=env.seed, policy_setup=setup, render=False)
-
-    opened = [make(section)]
+    if checkpoint is None:
+        with expert_stage(section, setup, noise_std) as pair:
+            yield pair
+        return
+    env = _opened(section, setup)
     try:
-        expert: Demonstrator
-        if checkpoint is not None:
-            expert = TrainedPolicy(config, opened[0].spaces, checkpoint, explore=noise_std > 0)
-        else:
-            expert = ScriptedExpert(task_of(section), noise_std)
-            seeing = with_full_state(section)
-            if seeing is not None:
-                opened.append(make(seeing))
-                expert = SeeingExpert(expert, opened[1])
+        yield env, TrainedPolicy(config, env.spaces, checkpoint, explore=noise_std > 0)
+    finally:
+        env.close()
+
+
+@contextmanager
+def expert_stage(
+    section: EnvConfig, policy_setup: str | None, noise_std: float
+) -> Iterator[tuple[VectorEnv, Demonstrator]]:
+    """`stage` of the task's scripted expert in environments without auto-reset."""
+    opened = [_opened(section, policy_setup)]
+    try:
+        expert: Demonstrator = ScriptedExpert(task_of(section), noise_std)
+        seeing = with_full_state(section)
+        if seeing is not None:
+            opened.append(_opened(seeing, policy_setup))
+            expert = SeeingExpert(expert, opened[1])
         yield opened[0], expert
     finally:
         for env in opened:
             env.close()
+
+
+def _opened(section: EnvConfig, policy_setup: str | None) -> VectorEnv:
+    return make_env(
+        section, num_envs=section.total_num_envs, seed=section.seed, policy_setup=policy_setup, render=False
+    )
 
 
 def training_env(config: Root) -> EnvConfig:

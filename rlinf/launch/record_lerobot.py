@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlinf.core import tree
 from rlinf.core.errors import ConfigError
+from rlinf.core.protocols import VectorEnv
 from rlinf.core.types import EnvSpaces, Trajectory
 from rlinf.data.lerobot.layout import Feature
 from rlinf.data.lerobot.writer import LeRobotWriter
@@ -30,7 +31,7 @@ from rlinf.envs.config import EnvConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
 from rlinf.launch.build import control_mode_of
 from rlinf.launch.config import Root
-from rlinf.launch.demonstrators import StepByStep
+from rlinf.launch.demonstrators import Demonstrator, StepByStep
 from rlinf.launch.record import record_into, stage, task_of, training_env
 
 TASK_TEXTS = {
@@ -90,24 +91,52 @@ def record_dataset(
         DataError: `output` holds something else, or no round has a success.
     """
     section, setup = training_env(config), config.actor.model.policy_setup
-    rate = frames_per_second(section, options.fps)
+    frames_per_second(section, options.fps)  # before the simulator starts
     with stage(config, checkpoint, noise_std) as (env, player):
-        writer = LeRobotWriter(
+        return record_episodes(
+            section,
+            env,
+            player,
             output,
-            fps=rate,
-            features=features_of(env.spaces, options.pictures),
-            robot_type=options.robot_type,
-            notes={"env_id": task_of(section), "control_mode": control_mode_of(section, setup) or ""},
-            codec=options.codec,
-            commit_every=0,
+            options,
+            episodes=episodes,
+            policy_setup=setup,
+            seed=config.runner.seed,
+            only_successes=only_successes,
+            note=note,
         )
-        with writer:
-            if writer.num_episodes:
-                note(f"{output} holds {writer.num_episodes} episodes already")
-            store = _Dataset(writer, options.task, task_of(section))
-            steps = section.max_episode_steps
-            record_into(store, env, StepByStep(player), episodes, steps, config.runner.seed, only_successes, note)
-        return Recorded(writer.info.total_episodes, writer.info.total_frames)
+
+
+def record_episodes(
+    section: EnvConfig,
+    env: VectorEnv,
+    player: Demonstrator,
+    output: str | Path,
+    options: DatasetOptions,
+    *,
+    episodes: int,
+    policy_setup: str | None,
+    seed: int,
+    only_successes: bool,
+    note: Callable[[str], None],
+) -> Recorded:
+    """`record_dataset` of a demonstrator in an environment that was made from `section`, without auto-reset."""
+    writer = LeRobotWriter(
+        output,
+        fps=frames_per_second(section, options.fps),
+        features=features_of(env.spaces, options.pictures),
+        robot_type=options.robot_type,
+        notes={"env_id": task_of(section), "control_mode": control_mode_of(section, policy_setup) or ""},
+        codec=options.codec,
+        commit_every=0,
+    )
+    with writer:
+        if writer.num_episodes:
+            note(f"{output} holds {writer.num_episodes} episodes already")
+        store = _Dataset(writer, options.task, task_of(section))
+        steps = section.max_episode_steps
+        record_into(store, env, StepByStep(player), episodes, steps, seed, only_successes, note)
+    return Recorded(writer.info.total_episodes, writer.info.total_frames)
 
 
 class _Dataset:

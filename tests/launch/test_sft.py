@@ -9,7 +9,7 @@ import torch
 
 from rlinf.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from rlinf.data.demos import read_demos
-from rlinf.launch import sft
+from rlinf.launch import sft_flow
 from rlinf.launch.parse import load_as
 from rlinf.launch.sft import run_sft
 from rlinf.launch.sft_config import SftConfig
@@ -77,7 +77,7 @@ def test_a_run_records_trains_evaluates_and_exports(tmp_path: Path) -> None:
 
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_sft(load(tmp_path, name="straight")) == 0
-    batches = sft.numpy_generator
+    batches = sft_flow.numpy_generator
 
     def interrupting(seed: int, name: str):
         if name == "batch/5":
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.Monke
         return batches(seed, name)
 
     with monkeypatch.context() as context:
-        context.setattr(sft, "numpy_generator", interrupting)
+        context.setattr(sft_flow, "numpy_generator", interrupting)
         assert run_sft(load(tmp_path, name="stopped")) == 130
     assert find(tmp_path / "stopped").name == "global_step_5"
     assert not (tmp_path / "decoders" / "stopped").exists(), "only what is finished gets a name that others know"

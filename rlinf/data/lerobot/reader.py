@@ -112,7 +112,7 @@ class LeRobotDataset:
                 "are available; choose fewer episodes or cameras, or do not preload"
             )
         for key in cameras:
-            self._unpacked[key] = self._pictures(key, np.arange(len(self)))
+            self._unpacked[key] = self.pictures(key, np.arange(len(self)))
 
     # ---- frames
 
@@ -159,14 +159,14 @@ class LeRobotDataset:
         if key in self._unpacked:
             return self._unpacked[key][rows]
         if self.info.features[key].is_picture:
-            return self._pictures(key, rows)
+            return self.pictures(key, rows)
         numbers = self._numbers[key]
         if isinstance(numbers, list):
             return [numbers[row] for row in rows.reshape(-1).tolist()]
         return numbers[rows]
 
-    def _pictures(self, key: str, rows: np.ndarray) -> np.ndarray:
-        """uint8 [*rows.shape, H, W, C]."""
+    def pictures(self, key: str, rows: np.ndarray) -> np.ndarray:
+        """Pictures of one camera in some frames, uint8 [*rows.shape, H, W, C]; as `batch`."""
         flat = rows.reshape(-1)
         out = np.empty((len(flat), *self.info.features[key].picture_shape), np.uint8)
         if key in self._images:

@@ -11,7 +11,7 @@ import rlinf
 from rlinf.core.errors import ConfigError, RlinfError
 from rlinf.launch.cli.options import add_recording_options, add_robot_server_options
 
-CONFIG_DIR = "examples/embodiment/config"
+CONFIG_DIR, SFT_CONFIG_DIR = "examples/embodiment/config", "examples/sft/config"
 USER_ERROR = 2
 
 
@@ -95,6 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("path", metavar="PATH", help="folder that holds meta/, or its name below $HF_LEROBOT_HOME")
     info.add_argument("--check", action="store_true", help="read everything, and say what is damaged")
     info.add_argument("--threads", type=int, default=1, metavar="N", help="with --check: N pictures at a time (1)")
+
+    norm_stats = commands.add_parser(
+        "norm_stats", allow_abbrev=False, help="by what a recipe of supervised fine-tuning normalises, as a file"
+    )
+    norm_stats.add_argument("config", metavar="RECIPE", help=f"name of a recipe in {SFT_CONFIG_DIR}")
+    norm_stats.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the recipe")
+    norm_stats.add_argument("-o", "--output", type=Path, metavar="PATH", help="folder or .json (norm_stats/ROBOT)")
+    norm_stats.add_argument("--dir", type=Path, metavar="DIR", help=f"folder of the recipes ({SFT_CONFIG_DIR})")
 
     robot_server = commands.add_parser(
         "robot_server", help="offer a robot arm and its cameras over HTTP (SERL's routes), with safety limits"
@@ -208,6 +216,14 @@ def run_dataset(chosen: argparse.Namespace) -> int:
     return show(chosen.path, check=chosen.check, num_threads=chosen.threads)
 
 
+def run_norm_stats(chosen: argparse.Namespace) -> int:
+    """Compute norm_stats.json of a recipe's data sets and print the name of the file."""
+    from rlinf.launch.cli.norm_stats import run
+
+    run(chosen.config, chosen.overrides, chosen.dir or find_config_dir(SFT_CONFIG_DIR), chosen.output)
+    return 0
+
+
 def run_robot_server(chosen: argparse.Namespace) -> int:
     """Serve an arm until SIGTERM or Ctrl-C; the arm is then held or parked."""
     from rlinf.launch.cli.robot_server import run
@@ -241,17 +257,18 @@ COMMANDS = {
     "play": run_play,
     "record": run_record,
     "dataset": run_dataset,
+    "norm_stats": run_norm_stats,
     "robot_server": run_robot_server,
     "convert-resnet10": run_convert,
 }
 
 
-def find_config_dir() -> Path:
-    """The folder of recipes in the working directory or in the checkout that this package belongs to."""
+def find_config_dir(folder: str = CONFIG_DIR) -> Path:
+    """A folder of recipes in the working directory or in the checkout that this package belongs to."""
     for root in (Path.cwd(), Path(rlinf.__file__).parents[1]):
-        if (root / CONFIG_DIR).is_dir():
-            return root / CONFIG_DIR
-    raise ConfigError(f"no folder {CONFIG_DIR} here; start in the checkout or name the folder with --dir")
+        if (root / folder).is_dir():
+            return root / folder
+    raise ConfigError(f"no folder {folder} here; start in the checkout or name the folder with --dir")
 
 
 def describe(recipe: Path) -> str:

@@ -20,7 +20,7 @@ from rlinf.models.embodiment.openpi.decoder import (
 )
 from rlinf.models.embodiment.openpi.norm_stats import NormStats, write_norm_stats
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
-from rlinf.models.embodiment.openpi.tokenizer import ByteTokenizer
+from rlinf.models.embodiment.openpi.tokenizer import ByteTokenizer, WordTokenizer
 from rlinf.models.modules.compact_encoder import CompactEncoder
 from tests.models.openpi.pi0_samples import random_model
 
@@ -146,7 +146,7 @@ def test_files_that_are_missing_are_named(tmp_path):
         load_openpi_decoder(data, path, ByteTokenizer(), num_steps=2, dtype=torch.float32)
     with pytest.raises(DataError, match=r"no tokenizer in .*actor.model.tokenizer_path.*PaliGemma"):
         find_tokenizer(None, path, tiny=False)
-    assert isinstance(find_tokenizer(None, path, tiny=True), ByteTokenizer)
+    assert isinstance(find_tokenizer(None, path, tiny=True), WordTokenizer)
     with pytest.raises(DataError, match="there is no tokenizer at"):
         find_tokenizer(tmp_path / "nowhere.model", path, tiny=True)
 

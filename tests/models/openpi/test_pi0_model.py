@@ -391,7 +391,7 @@ def test_shapes_are_checked(models):
         models["pi0"].sample_actions(inputs, noise=noise[:1])
     with pytest.raises(ShapeError, match=r"noise is \[2, 8, 32\], but actions are \[2, 1, 32\]"):
         models["pi0"].loss(inputs, noise[:, :1], noise=noise, time=TIME)
-    with pytest.raises(ShapeError, match=r"instead of \[B, C, 3, 56, 56\]"):
+    with pytest.raises(ShapeError, match=r"instead of \[B, C, 3, 64, 64\]"):
         models["pi0"].encode(replace(inputs, images=inputs.images[..., :28]))
 
 

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from rlinf.core.errors import DataError
-from rlinf.models.embodiment.openpi.norm_stats import NormStats, compute_norm_stats, read_norm_stats, write_norm_stats
+from rlinf.models.embodiment.openpi.norm_stats import (
+    NormStats,
+    compute_norm_stats,
+    mixed_norm_stats,
+    read_norm_stats,
+    write_norm_stats,
+)
 
 CONTENT = {
     "norm_stats": {
@@ -102,3 +108,25 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(DataError, match="could not be written"):
         write_norm_stats({}, tmp_path / "taken")
+
+
+def test_statistics_of_a_mixture_are_those_of_what_is_drawn():
+    generator = torch.Generator().manual_seed(3)
+    many, few = torch.randn(900, 2, generator=generator), 5 + 2 * torch.randn(30, 2, generator=generator)
+    found = mixed_norm_stats([many, few], [1, 3])
+    drawn = compute_norm_stats(torch.cat([many] + [few] * 90))  # 900 of one, 2700 of the other
+    assert torch.allclose(found.mean, drawn.mean) and torch.allclose(found.std, drawn.std)
+    assert torch.allclose(found.q01, drawn.q01, atol=0.03) and torch.allclose(found.q99, drawn.q99, atol=0.15)
+    assert float(found.mean[0]) > 3.5, "not the 0.16 of the rows together"
+
+
+def test_a_mixture_by_rows_is_all_rows_and_equal_weights_change_nothing():
+    parts = [torch.arange(20.0).view(10, 2), -torch.arange(20.0).view(10, 2)]
+    expected = compute_norm_stats(torch.cat(parts))
+    for found in (mixed_norm_stats(parts), mixed_norm_stats(parts, [2, 2])):
+        for name, value in vars(expected).items():
+            assert torch.allclose(vars(found)[name], value, atol=1e-12), name
+    alone = mixed_norm_stats(parts[:1], [7])
+    assert torch.equal(alone.q01, compute_norm_stats(parts[0]).q01)
+    with pytest.raises(DataError, match="vectors of 2 and 3 numbers"):
+        mixed_norm_stats([torch.zeros(4, 2), torch.zeros(4, 3)], [1, 1])

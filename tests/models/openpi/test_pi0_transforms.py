@@ -171,7 +171,7 @@ def test_prompts_of_environments_and_data_sets():
 
 
 def test_inputs_have_the_cameras_in_the_models_order():
-    base, wrist = pictures(2, 56, 56), pictures(2, 56, 56, seed=1)
+    base, wrist = pictures(2, 64, 64), pictures(2, 64, 64, seed=1)
     sample = {
         "images": {"left_wrist_0_rgb": wrist, "base_0_rgb": base},
         "tokens": torch.ones(2, 8, dtype=torch.int64),
@@ -179,7 +179,7 @@ def test_inputs_have_the_cameras_in_the_models_order():
         "state": torch.zeros(2, 32),
     }
     inputs = model_inputs(sample, "cpu")
-    assert inputs.images.shape == (2, 2, 3, 56, 56) and inputs.image_mask.all()
+    assert inputs.images.shape == (2, 2, 3, 64, 64) and inputs.image_mask.all()
     for index, image in enumerate((base, wrist)):
         expected = image.permute(0, 3, 1, 2).float() / 127.5 - 1
         torch.testing.assert_close(inputs.images[:, index], expected, atol=1e-6, rtol=0)
@@ -266,7 +266,7 @@ def test_state_in_the_prompt_is_normalised_and_not_padded():
     inputs = config.pipeline(both, ByteTokenizer()).encode(obs)
     expected = prompt_tokens(ByteTokenizer(), "go", torch.tensor([-1e-6, -1e-6]))
     assert inputs.tokens[inputs.token_mask].tolist() == expected
-    assert inputs.images.shape[-2:] == (56, 56)
+    assert inputs.images.shape[-2:] == (64, 64)
 
 
 def test_mistakes_in_configurations_are_named():

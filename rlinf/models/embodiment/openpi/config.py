@@ -98,7 +98,7 @@ class Pi0Config:
 GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16_384)
 GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp_dim=4096)
 
-_TINY_VISION = SiglipConfig(width=64, depth=2, mlp_dim=128, num_heads=4, image_size=56, patch_size=14)
+_TINY_VISION = SiglipConfig(width=128, depth=2, mlp_dim=256, num_heads=4, image_size=64, patch_size=16)
 _TINY_VLM = GemmaConfig(width=96, depth=3, mlp_dim=192, num_heads=4, head_dim=24)
 _TINY_EXPERT = GemmaConfig(width=64, depth=3, mlp_dim=128, num_heads=4, head_dim=24)
 
@@ -108,7 +108,7 @@ TINY = Pi0Config(False, _TINY_VISION, _TINY_VLM, _TINY_EXPERT, vocab_size=512, a
 TINY_PI05 = Pi0Config(True, _TINY_VISION, _TINY_VLM, _TINY_EXPERT, vocab_size=512, action_horizon=8, max_token_len=200)
 
 VARIANTS: Mapping[str, Pi0Config] = {"pi0": PI0, "pi05": PI05, "tiny": TINY, "tiny_pi05": TINY_PI05}
-"""Name → model. `tiny` (0.5 M parameters, 16 tokens an image) is for tests and for recipes on CPUs."""
+"""Name → model. `tiny` (0.9 M parameters, 16 tokens an image) is for tests and for recipes on CPUs."""
 
 GEMMA_NAMES: Mapping[GemmaConfig, str] = {GEMMA_2B: "gemma_2b", GEMMA_300M: "gemma_300m"}
 """What openpi's config.json calls the published sizes."""

@@ -22,7 +22,7 @@ from rlinf.models.embodiment.openpi.checkpoint import find_files, load_pi0
 from rlinf.models.embodiment.openpi.dataconfig import DataConfig, Pipeline
 from rlinf.models.embodiment.openpi.model import Pi0, build_pi0
 from rlinf.models.embodiment.openpi.norm_stats import NormStats, read_norm_stats
-from rlinf.models.embodiment.openpi.tokenizer import WHERE, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from rlinf.models.embodiment.openpi.tokenizer import WHERE, SentencePieceTokenizer, Tokenizer, WordTokenizer
 
 TOKENIZER_FILES = ("tokenizer.model", "paligemma_tokenizer.model")
 SAMPLE_BYTES, SAMPLES = 1 << 16, 64
@@ -76,15 +76,15 @@ def load_openpi_decoder(
 
 
 def random_openpi_decoder(robot: DataConfig, *, num_steps: int, dtype: torch.dtype = torch.float32) -> OpenpiDecoder:
-    """Random weights, always the same, a tokenizer of bytes, and statistics that change nothing: for tries."""
+    """Random weights, always the same, a tokenizer of words, and statistics that change nothing: for tries."""
     one = torch.ones(robot.action_dim, dtype=torch.float64)
-    pipeline = robot.pipeline({"actions": NormStats(0 * one, one, -one, one)}, ByteTokenizer())
+    pipeline = robot.pipeline({"actions": NormStats(0 * one, one, -one, one)}, WordTokenizer())
     model = build_pi0(robot.model, dtype=dtype, generator=torch.Generator().manual_seed(0))
     return OpenpiDecoder(model, pipeline, num_steps=num_steps)
 
 
 def find_tokenizer(path: Path | None, weights: Path, *, tiny: bool) -> Tokenizer:
-    """The tokenizer in a file, or beside the weights; bytes for tiny models without any.
+    """The tokenizer in a file, or beside the weights; words for tiny models without any.
 
     Raises DataError where there is none, MissingDependency where sentencepiece is not installed.
     """
@@ -95,7 +95,7 @@ def find_tokenizer(path: Path | None, weights: Path, *, tiny: bool) -> Tokenizer
         if (folder / name).is_file():
             return SentencePieceTokenizer(folder / name)
     if tiny:
-        return ByteTokenizer()
+        return WordTokenizer()
     raise DataError(f"there is no tokenizer in {folder}; write its path in actor.model.tokenizer_path: {WHERE}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,51 @@ def _quantile(ordered: Tensor, q: float) -> Tensor:
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)
     return torch.lerp(ordered[below], ordered[above], place - below)
+
+
+def mixed_norm_stats(parts: Sequence[Tensor], shares: Sequence[float] | None = None) -> NormStats:
+    """Statistics of several data sets that are seen in fixed proportions.
+
+    Args:
+        parts: rows [n_d, D] of each data set.
+        shares: positive, only their ratios count: how often a row is drawn from each. None for as often as it has rows.
+
+    Quantiles are linear between rows whose distance is the mean of their weights; equal weights give those of
+    `compute_norm_stats`. Raises DataError as it does, and where sizes differ.
+    """
+    if len({part.shape[-1] for part in parts}) > 1:
+        sizes = " and ".join(str(part.shape[-1]) for part in parts)
+        raise DataError(f"statistics of vectors of {sizes} numbers cannot be joined")
+    if shares is None or len(parts) == 1:
+        return compute_norm_stats(torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]))
+    each = [compute_norm_stats(part) for part in parts]
+    share = torch.tensor(shares, dtype=torch.float64) / sum(shares)
+    mean = sum((w * one.mean for w, one in zip(share, each, strict=True)), torch.zeros(()))
+    square = sum(
+        (w * (one.std**2 + (one.mean - mean) ** 2) for w, one in zip(share, each, strict=True)), torch.zeros(())
+    )
+    rows = torch.cat([part.reshape(-1, part.shape[-1]).double() for part in parts])
+    weight = torch.cat(
+        [
+            (w / n).expand(n)
+            for w, n in ((w, part.numel() // part.shape[-1]) for w, part in zip(share, parts, strict=True))
+        ]
+    )
+    return NormStats(mean, square.sqrt(), *_weighted_quantiles(rows, weight, (0.01, 0.99)))
+
+
+def _weighted_quantiles(rows: Tensor, weight: Tensor, wanted: tuple[float, ...]) -> list[Tensor]:
+    ordered, order = rows.sort(0)
+    step = weight[order]
+    place = ((step[1:] + step[:-1]) / 2).cumsum(0)
+    place = torch.cat([torch.zeros_like(place[:1]), place / place[-1:]])  # of every row in [0, 1]
+    result = []
+    for q in wanted:
+        above = (place < q).sum(0, keepdim=True).clamp(1, len(rows) - 1)
+        low, high = place.gather(0, above - 1), place.gather(0, above)
+        between = torch.lerp(ordered.gather(0, above - 1), ordered.gather(0, above), (q - low) / (high - low))
+        result.append(between[0])
+    return result
 
 
 def read_norm_stats(path: str | Path, asset_id: str | None = None) -> dict[str, NormStats]:

@@ -10,6 +10,8 @@ A π0.5 that was trained without the state (openpi's `discrete_state_input=False
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +30,9 @@ WHERE = (
     "it is PaliGemma's tokenizer: gs://big_vision/paligemma_tokenizer.model, or tokenizer.model of a PaliGemma "
     "repository (`hf download google/paligemma-3b-pt-224 tokenizer.model`)"
 )
+
+
+_WORDS = re.compile(r"\w+|[^\w ]")
 
 
 class Tokenizer(Protocol):
@@ -90,6 +95,20 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """Numbers of a text, without beginning or end."""
         return [4 + byte for byte in text.encode()]
+
+
+class WordTokenizer:
+    """Words and signs, each as a number that its letters make, after four reserved ones.
+
+    As `ByteTokenizer`, but a prompt is a fifth as long. Now and then two words have the same number.
+    """
+
+    vocab_size = 512
+    bos = 2
+
+    def encode(self, text: str) -> list[int]:
+        """Numbers of a text, without beginning or end."""
+        return [4 + zlib.crc32(word.encode()) % (self.vocab_size - 4) for word in _WORDS.findall(text)]
 
 
 def clean(prompt: str) -> str:

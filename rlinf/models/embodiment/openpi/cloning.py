@@ -1,0 +1,204 @@
+"""π0 and π0.5 as what supervised fine-tuning trains: weights, and the robot's transforms around them.
+
+B batch, H actions per chunk, A action size of the model, A' of the robot
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from rlinf.core.config import Config
+from rlinf.core.errors import ConfigError
+from rlinf.core.types import Obs
+from rlinf.models.embodiment.openpi.config import Pi0Config
+from rlinf.models.embodiment.openpi.dataconfig import DataConfig, Pipeline, data_config
+from rlinf.models.embodiment.openpi.model import Pi0, Prefix
+from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig, OpenpiKeys
+
+
+class TrainedParts(Config):
+    """Keys of `model.train`: what of the model learns."""
+
+    vision: bool = Field(True, description="The image encoder and the projection of its tokens.")
+    language: bool = Field(True, description="The language model.")
+    # The expert always learns: the loss is of its actions.
+
+
+class OpenpiCloningKeys(Config):
+    """Keys of `model.openpi` in a recipe of supervised fine-tuning."""
+
+    config_name: str = Field(
+        "pi0_libero",
+        description="Robot: cameras, columns of data sets, normalisation, meaning of actions and length of the chunk.",
+    )
+    size: Literal["full", "tiny"] = Field(
+        "full", description="full: the published sizes; tiny: a small one of the same architecture, for CPUs."
+    )
+
+    @field_validator("config_name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        try:
+            return data_config(name).name
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+
+class OpenpiCloningConfig(Config):
+    """Keys of `model` for `model_type: openpi`: π0 or π0.5, trained by supervision."""
+
+    model_type: Literal["openpi"] = Field("openpi", description="Selects this policy.")
+    model_path: str | None = Field(
+        None,
+        description="File or folder with the weights to start from, in safetensors, as openpi and LeRobot publish them "
+        "or as this program exports them. null: random weights, for openpi.size: tiny alone.",
+    )
+    norm_stats_path: str | None = Field(
+        None,
+        description="norm_stats.json, or a folder with it, by which states and actions are normalised. null: computed "
+        "from the data sets in their proportions.",
+    )
+    tokenizer_path: str | None = Field(
+        None,
+        description="PaliGemma's tokenizer. null: tokenizer.model or paligemma_tokenizer.model in model_path; a tiny "
+        "model reads words by numbers of their letters.",
+    )
+    precision: Literal["fp32", "bf16"] | None = Field(
+        None, description="What is computed in, and exported; null: bf16 on a GPU, fp32 on a CPU. Learned in float32."
+    )
+    policy_setup: str | None = Field(
+        None, description="Robot and action convention; fixes the control mode of simulators that have several."
+    )
+    num_action_chunks: int = Field(5, gt=0, description="So many actions of the chunk are played in evaluations.")
+    num_steps: int = Field(4, gt=0, description="K, Euler steps from noise to actions in evaluations.")
+    train: TrainedParts = Field(default_factory=TrainedParts, description="What learns besides the action expert.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute the layers' activations again in the backward pass instead of keeping them."
+    )
+    noises_per_example: int = Field(
+        1,
+        gt=0,
+        description="Noises and times for which the loss of an example is taken at once. Pictures and prompt are "
+        "encoded once for all of them, so that they cost little.",
+    )
+    padding_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean loss of the numbers that pad actions to the model's 32, beside that of the "
+        "robot's own. 0: they are masked. A model from random weights needs them, 0.1 say: its walk from noise to "
+        "actions carries them along, and would leave what training has shown.",
+    )
+    openpi: OpenpiCloningKeys = Field(default_factory=OpenpiCloningKeys, description="Robot and size.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> OpenpiCloningConfig:
+        if self.model_path is None and self.openpi.size == "full":
+            raise ValueError(
+                "model_path must name the folder with the weights of pi0 to start from; random ones are for "
+                "openpi.size: tiny alone"
+            )
+        horizon = self.robot().model.action_horizon
+        if self.num_action_chunks > horizon:
+            raise ValueError(
+                f"num_action_chunks is {self.num_action_chunks}, but chunks of {self.openpi.config_name} have "
+                f"{horizon} actions"
+            )
+        return self
+
+    def robot(self) -> DataConfig:
+        """The data configuration with the sizes of the model, as recipes that act with it have it."""
+        keys = OpenpiKeys(config_name=self.openpi.config_name, size=self.openpi.size)
+        return OpenpiConfig(model_path="", openpi=keys, num_action_chunks=1).robot()
+
+
+class Pi0Cloning(nn.Module):
+    """A model and the loss of demonstrations.
+
+    Args:
+        model: π0 or π0.5, float32.
+        pipeline: of the robot, with the statistics of the data.
+        action_dim: A'.
+        noises_per_example: R.
+        padding_weight: w.
+
+    Attributes:
+        noise_shape: (R, H, A) of the noise that the loss of an example takes.
+    """
+
+    def __init__(
+        self,
+        model: Pi0,
+        pipeline: Pipeline,
+        *,
+        action_dim: int,
+        noises_per_example: int = 1,
+        padding_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model, self.pipeline, self.action_dim, self.padding_weight = model, pipeline, action_dim, padding_weight
+        self.noise_shape: tuple[int, ...] = (noises_per_example, model.config.action_horizon, model.config.action_dim)
+
+    def flow_matching_loss(
+        self,
+        obs: Obs,
+        actions: Float[Tensor, "B H A2"],
+        valid: Bool[Tensor, "B H"],
+        *,
+        noise: Float[Tensor, "B R H A"],
+        time: Float[Tensor, "B R"],
+    ) -> Float[Tensor, "B R H"]:
+        """|v(x_t, t) − u|² for every action of the chunk, 0 where it is not valid.
+
+        It is the mean over the robot's numbers, plus w times the mean over those that pad them.
+
+        Args:
+            obs: observations as a data set or an environment gives them.
+            actions: in the robot's units.
+            noise: standard normal.
+            time: see `model.training_time`.
+        """
+        inputs, chunk = self.pipeline.encode_with_actions(obs, actions, noise.device)
+        batch, repeats = noise.shape[:2]
+        chunk = chunk[:, None].expand_as(noise).flatten(0, 1)
+        noise, flat_time = noise.flatten(0, 1), time.flatten()
+        t = flat_time[:, None, None]
+        prefix = repeat_prefix(self.model.encode(inputs), repeats)
+        velocity = self.model.velocity(prefix, t * noise + (1 - t) * chunk, flat_time)
+        square = (velocity - (noise - chunk)).square()
+        error = square[..., : self.action_dim].mean(-1)
+        if self.padding_weight and self.action_dim < square.shape[-1]:
+            error = error + self.padding_weight * square[..., self.action_dim :].mean(-1)
+        return error.view(batch, repeats, -1) * valid[:, None]
+
+
+def repeat_prefix(prefix: Prefix, times: int) -> Prefix:
+    """The prefix of every observation `times` times, one after another."""
+    if times == 1:
+        return prefix
+    past = tuple((key.repeat_interleave(times, 0), value.repeat_interleave(times, 0)) for key, value in prefix.past)
+    return Prefix(past, prefix.visible.repeat_interleave(times, 0), prefix.state.repeat_interleave(times, 0))
+
+
+def freeze(model: Pi0, parts: TrainedParts) -> None:
+    """Make what is not to learn, and what of the language model nothing reads, need no gradient."""
+    model.requires_grad_(True)
+    if not parts.vision:
+        model.vision.requires_grad_(False)
+        model.projector.requires_grad_(False)
+    if not parts.language:
+        model.vlm.requires_grad_(False)
+    unread = unread_parameters(model.config)
+    for name, parameter in model.named_parameters():
+        if name in unread:
+            parameter.requires_grad_(False)
+
+
+def unread_parameters(config: Pi0Config) -> set[str]:
+    """Names of what comes behind the language model's last keys and values: no action depends on it."""
+    last = f"vlm.layers.{config.vlm.depth - 1}."
+    names = {f"{last}{part}.weight" for part in ("self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm")}
+    return names | {f"{last}mlp.{part}_proj.weight" for part in ("gate", "up", "down")} | {"vlm.norm.weight"}
