@@ -19,7 +19,7 @@ is that of all of them, and so is every step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from rlinf.algorithms.co_training import Demonstrations, loss_ratio
 from rlinf.algorithms.optimize import OptimizerSettings, accumulate, load_generator, load_parts
 from rlinf.algorithms.parallel import DataParallel, Replicated
 from rlinf.core import tree
-from rlinf.core.protocols import ActorCriticNetwork, Buffer, RunningStatistics
+from rlinf.core.protocols import ActorCriticNetwork, Buffer, Prepares, RunningStatistics
 from rlinf.core.ranks import ONE_RANK, Ranks, share_of
 from rlinf.core.types import Metrics, Obs, Trajectory
 from rlinf.functional.gae import gae
@@ -175,6 +175,8 @@ class PPO:
         recompute_log_prob: compare with the density that this learner computes before the first step, rather than the
             one that was recorded when acting, whose rounding differs where networks are large or not in float32.
         demonstrations: a further loss of the policy, in the same backward pass; None for none.
+        after_collection: called with the number of collections that were learned from, after the last minibatch of
+            each, to change how the policy explores; None for nothing.
         generator: of the shuffles, on the CPU; a stream of its own on every rank.
         ranks: who learns together. They need equal networks to begin with.
         data_parallel: how the weights of `network` lie on `ranks`; None for whole on each.
@@ -206,6 +208,7 @@ class PPO:
         target_kl: float | None = None,
         recompute_log_prob: bool = False,
         demonstrations: Demonstrations | None = None,
+        after_collection: Callable[[int], None] | None = None,
         policy_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
         value_optim: OptimizerSettings = DEFAULT_OPTIMIZER,
         autocast: bool = False,
@@ -227,6 +230,7 @@ class PPO:
         self.logprob_level, self.entropy_level, self.weighting = logprob_level, entropy_level, weighting
         self.critic_warmup_steps, self.target_kl = critic_warmup_steps, target_kl
         self.recompute_log_prob, self.demonstrations = recompute_log_prob, demonstrations
+        self.after_collection, self.collections = after_collection, 0
         self.autocast, self.device = autocast, torch.device(device)
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
         self.losses = torch.compile(self._losses, dynamic=False) if compile else self._losses
@@ -270,9 +274,17 @@ class PPO:
         self.updates += 1
         if self._moved_too_far(metrics):
             self._order, self._passes_left = [], 0
-        if not self._order and self._passes_left == 0 and self.normalizer is not None:
-            self.normalizer.update(self._samples.obs["state"], self.ranks)
+        if not self._order and self._passes_left == 0:
+            self._end_collection(self._samples)
         return metrics
+
+    def _end_collection(self, samples: Samples) -> None:
+        """What may change the policy besides its weights; not before, or ratios would not begin at 1."""
+        self.collections += 1
+        if self.normalizer is not None:
+            self.normalizer.update(samples.obs["state"], self.ranks)
+        if self.after_collection is not None:
+            self.after_collection(self.collections)
 
     def _moved_too_far(self, metrics: Metrics) -> bool:
         """By the mean over the minibatch of all ranks, so that they stop together; not during the warm-up."""
@@ -306,8 +318,11 @@ class PPO:
         }
         if self.normalize_advantages:
             advantage = (advantage - all_advantages.mean()) / (all_advantages.std() + ADVANTAGE_EPSILON)
+        obs = tree.cat([part.obs for part in parts])
+        if isinstance(self.network, Prepares):
+            obs = self.network.prepare(obs)
         samples = Samples(
-            obs=tree.cat([part.obs for part in parts]),
+            obs=obs,
             decision=torch.cat([part.decision for part in parts]),
             log_prob=torch.cat([part.log_prob for part in parts]),
             value=value,
@@ -476,12 +491,13 @@ class PPO:
         state: dict[str, Any] = {name: self.data_parallel.state_of(part) for name, part in self._parts().items()}
         if self.demonstrations is not None:
             state["demonstrations"] = self.demonstrations.state_dict(self.ranks)
-        return state | {"updates": self.updates, "generators": self.ranks.gather(self.generator.get_state())}
+        counters = {"updates": self.updates, "collections": self.collections}
+        return state | counters | {"generators": self.ranks.gather(self.generator.get_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`. Raises CheckpointError naming the part that is missing or does not fit."""
         load_parts(self._parts(), state, self.data_parallel.load)
-        self.updates = state["updates"]
+        self.updates, self.collections = state["updates"], state.get("collections", 0)
         load_generator(self.generator, state, self.ranks)
         if self.demonstrations is not None and "demonstrations" in state:
             self.demonstrations.load_state_dict(state["demonstrations"], self.ranks)

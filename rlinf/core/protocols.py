@@ -158,6 +158,15 @@ class ActorCritic(Protocol):
         ...
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """A policy that can do beforehand, once for many passes, what does not depend on its weights."""
+
+    def prepare(self, obs: Obs) -> Obs:
+        """What its methods take instead of the observations; of tensors alone."""
+        ...
+
+
 class ActorCriticNetwork(ActorCritic, Network, Protocol):
     """A trainable policy with a value head; each loss trains parameters of its own."""
 

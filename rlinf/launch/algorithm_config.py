@@ -188,6 +188,11 @@ class PpoConfig(Config):
         "differs where auto_reset is off.",
     )
     critic_warmup_steps: NonNegativeInt = Field(0, description="Minibatches in which only the value function learns.")
+    recompute_logprobs: bool = Field(
+        False,
+        description="Compare with the density that the learner computes before its first update, rather than the one "
+        "that was recorded when acting: for policies that act in another precision than they learn in.",
+    )
     target_kl: PositiveFloat | None = Field(
         None, description="Leave the rest of a global step's minibatches once approx_kl is larger; null: never."
     )

@@ -104,6 +104,13 @@ ALIASES: tuple[Alias, ...] = (
     Alias("actor.enable_drq", "algorithm.random_shift", _random_shift),
     Alias("algorithm.enable_drq", "algorithm.random_shift", _random_shift),
     Alias("rollout.model.model_path", "actor.model.model_path"),
+    Alias("rollout.recompute_logprobs", "algorithm.recompute_logprobs"),
+    Alias("actor.enable_sft_co_train", "actor.use_real_data_co_training"),
+    Alias("actor.config_name", "actor.model.openpi.config_name"),
+    Alias("actor.fsdp_config.gradient_checkpointing", "actor.gradient_checkpointing"),
+    Alias("actor.model.openpi.num_steps", "actor.model.num_steps"),
+    Alias("actor.model.openpi.action_chunk", "actor.model.num_action_chunks"),
+    Alias("actor.model.openpi.action_env_dim", "actor.model.action_dim"),
     Alias("actor.model.state_dim", "actor.model.obs_dim"),
     Alias("algorithm.replay_buffer.auto_save_path", "algorithm.replay_buffer.storage_dir"),
 )
@@ -154,7 +161,6 @@ RETIRED: Mapping[str, str] = {
     "actor.fsdp_config.backward_prefetch": _ONE_WAY,
     "actor.fsdp_config.limit_all_gathers": _ONE_WAY,
     "actor.fsdp_config.use_liger_kernel": "belongs to language models; remove the key",
-    "actor.fsdp_config.gradient_checkpointing": "no network here recomputes its layers; remove the key",
     "actor.fsdp_config.save_full_model_weights": "model.safetensors is always whole; remove the key",
     "actor.sync_weight_no_wait": _WEIGHTS,
     "actor.*optim.adam_beta1": "write betas: [0.9, 0.999] in the same section",
@@ -162,6 +168,9 @@ RETIRED: Mapping[str, str] = {
     "actor.model.hidden_dim": "write hidden_dims (mlp_policy) or d_model (flow_policy)",
     "actor.model.add_q_head": _FROM_ALGORITHM,
     "actor.model.add_value_head": _FROM_ALGORITHM,
+    "actor.model.openpi.add_value_head": _FROM_ALGORITHM,
+    "actor.model.openpi.num_images_in_input": "cameras follow from config_name; remove the key",
+    "actor.model.openpi.value_vlm_mode": "the value is read off the mean of all tokens that are there; remove the key",
     "actor.model.is_lora": "LoRA is for large models; remove the key",
     "weight_syncer": _WEIGHTS,
     "reward": "rewards come from the environment; write env.train.reward_mode",
@@ -183,7 +192,7 @@ def apply_aliases(tree: Tree, typed: Collection[str] = ()) -> tuple[dict[str, st
     """Rename aliases inside `tree`.
 
     Args:
-        typed: paths from the command line; where an alias and our key are both there, a typed one wins.
+        typed: paths from the command line; where an alias and our key are both there, the only typed one wins.
 
     Returns:
         our path → the spelling that the user wrote, and conflicts as (path, message).
@@ -205,7 +214,7 @@ def apply_aliases(tree: Tree, typed: Collection[str] = ()) -> tuple[dict[str, st
         if present is missing or (alias.old in typed and alias.new not in typed):
             put(tree, alias.new, value)
             spelt[alias.new] = alias.old
-        elif present != value:
+        elif present != value and not (alias.new in typed and alias.old not in typed):
             also = spelt.get(alias.new, alias.new)
             conflicts.append((alias.old, f"says {value!r}, but {also} says {present!r}; keep one of them"))
     return spelt, conflicts

@@ -36,7 +36,9 @@ from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.functional.returns import fold_chunk
 from rlinf.launch.algorithm_config import DemoBufferConfig, OptimConfig, PpoConfig, SacConfig
 from rlinf.launch.config import Root, updates_per_step
+from rlinf.launch.demonstrations import open_demonstrations
 from rlinf.launch.machine import num_simulator_processes, runs_in_bf16
+from rlinf.launch.pi0_policy import NoiseSchedule, build_pi0_policy
 from rlinf.launch.registry import ENVS, lookup
 from rlinf.launch.steering import build_steering, decision_dim, learner_view
 from rlinf.models.embodiment.cnn_policy import CnnPolicy, CnnPolicyConfig, build_cnn_policy
@@ -46,12 +48,13 @@ from rlinf.models.embodiment.image_encoder import ImageEncoder
 from rlinf.models.embodiment.latent_policy import LatentCritic, LatentPolicy
 from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic, MlpActorCriticConfig, build_mlp_actor_critic
 from rlinf.models.embodiment.mlp_policy import MlpPolicy, build_mlp_policy
+from rlinf.models.embodiment.openpi.actor_critic import Pi0ActorCritic
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 from rlinf.models.embodiment.state_critic import StateCritic
 from rlinf.models.modules.compact_view import viewed_spaces
 from rlinf.models.modules.running_norm import RunningNorm
 
-Policy = FlowPolicy | MlpPolicy | CnnPolicy | MlpActorCritic | LatentPolicy
+Policy = FlowPolicy | MlpPolicy | CnnPolicy | MlpActorCritic | Pi0ActorCritic | LatentPolicy
 
 SHARED_OUT_FROM = 500_000_000
 """Trained parameters, of which several learners with `strategy: auto` keep a share each. So many take 8 GB: weights,
@@ -130,7 +133,7 @@ class Networks:
 def build_networks(config: Root, spaces: EnvSpaces, *, acts: bool = True) -> Networks:
     """Fresh networks on the CPU; their weights are a function of runner.seed and actor.seed.
 
-    Without `acts`, a policy may lack what only acting needs.
+    Without `acts`, a policy may lack what only acting needs, and has what learning needs.
     """
     model = config.actor.model
     obs_dim, action_dim = check_spaces(config, spaces)
@@ -143,7 +146,9 @@ def build_networks(config: Root, spaces: EnvSpaces, *, acts: bool = True) -> Net
             return Networks(actor, None, normalizer)
         if isinstance(model, DsrlFlowConfig | OpenpiConfig):
             keys = steering_keys(model)
-            assert keys is not None  # the schema checks it
+            if keys is None:
+                assert isinstance(model, OpenpiConfig)
+                return Networks(build_pi0_policy(config, model, spaces, acts=acts), None, None)
             actor, latent_critic, noise_critic = build_steering(config, keys, spaces, normalizer, acts=acts)
             return Networks(actor, latent_critic, normalizer, noise_critic)
         if isinstance(model, CnnPolicyConfig):
@@ -237,8 +242,12 @@ def build_ppo(
 ) -> PPO:
     """Proximal policy optimisation on `device`."""
     actor, network = config.actor, networks.actor
-    assert isinstance(network, MlpActorCritic)
+    assert isinstance(network, MlpActorCritic | Pi0ActorCritic)
     data_parallel = lay_out(config, [network], device, ranks)
+    demonstrations, anneal = None, None
+    if isinstance(network, Pi0ActorCritic) and isinstance(actor.model, OpenpiConfig):
+        demonstrations = open_demonstrations(config, network, device, ranks)
+        anneal = NoiseSchedule(network, actor.model.openpi) if actor.model.openpi.noise_anneal else None
     updates = config.runner.total_steps * updates_per_step(config)
     return PPO(
         network,
@@ -261,6 +270,9 @@ def build_ppo(
         weighting=algorithm.loss_agg_func,
         critic_warmup_steps=algorithm.critic_warmup_steps,
         target_kl=algorithm.target_kl,
+        recompute_log_prob=algorithm.recompute_logprobs,
+        demonstrations=demonstrations,
+        after_collection=anneal,
         policy_optim=optimizer_settings(actor.optim, updates),
         value_optim=optimizer_settings(actor.critic_optim, updates),
         autocast=runs_in_bf16(config, device),
@@ -283,7 +295,7 @@ def build_sac(
     """Soft actor-critic on `device` with an empty replay buffer."""
     actor, policy, critic = config.actor, networks.actor, networks.critic
     entropy, replay_config = algorithm.entropy_tuning, algorithm.replay_buffer
-    assert critic is not None and not isinstance(policy, MlpActorCritic)
+    assert critic is not None and not isinstance(policy, MlpActorCritic | Pi0ActorCritic)
     target_critic, noise_critic = critic.make_target(), networks.noise_critic
     parts: list[nn.Module] = [policy.head, policy.encoder] if isinstance(policy, CnnPolicy) else [policy]
     if isinstance(policy, LatentPolicy):

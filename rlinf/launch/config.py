@@ -21,6 +21,7 @@ from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.envs.reach import ReachConfig
 from rlinf.launch.algorithm_config import AnyAlgorithm, FsdpConfig, OptimConfig, PpoConfig, SacConfig
 from rlinf.launch.cluster_config import ClusterConfig, cluster_problems
+from rlinf.launch.openpi_problems import co_training_problems, openpi_problems
 from rlinf.models.embodiment.cnn_policy import CnnPolicyConfig
 from rlinf.models.embodiment.dsrl_policy import DsrlFlowConfig, steering_keys
 from rlinf.models.embodiment.flow_policy import FlowPolicyConfig
@@ -143,6 +144,27 @@ class ActorConfig(Config):
         description="What the learner's networks compute in. bf16 is autocast: weights, optimizers, averages and "
         "losses stay in float32. On a CPU without AMX or AVX512-BF16, which would lose by it, bf16 changes nothing.",
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="pi0 under PPO: keep no activations within layers and compute them again in the backward pass. "
+        "Takes a third more time and a fraction of the memory.",
+    )
+    use_real_data_co_training: bool = Field(
+        False,
+        description="RL-Co: train pi0 on demonstrations of the real robot beside PPO, in the same backward pass. "
+        "False: PPO alone. `enable_sft_co_train` is another name.",
+    )
+    sft_loss_weight: float = Field(
+        0.2, gt=0, description="RL-Co: β, the weight of the demonstrations' flow-matching loss in the whole loss."
+    )
+    sft_batch_size: PositiveInt = Field(
+        16, description="RL-Co: demonstrations beside each micro-batch, over all processes of actor."
+    )
+    sft_data_path: str | None = Field(
+        None,
+        description="RL-Co: LeRobot data set, a folder or a name below $HF_LEROBOT_HOME; null: $HF_LEROBOT_HOME itself "
+        "where it is one, or physical-intelligence/pick_and_place_real or pick_and_place_real in it.",
+    )
     fsdp_config: FsdpConfig = Field(default_factory=FsdpConfig, description="Several learner processes.")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the policy.")
     critic_optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the critics.")
@@ -209,6 +231,7 @@ def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
     yield from problems
     yield from share_problems(root, counts)
     yield from _sac_problems(root) if isinstance(root.algorithm, SacConfig) else _ppo_problems(root)
+    yield from openpi_problems(root)
     yield from _env_problems("env.train", root.env.train, root)
     if root.env.eval is not None:
         yield from _env_problems("env.eval", root.env.eval, root)
@@ -265,6 +288,7 @@ def share_problems(root: Root, counts: Mapping[str, int | None]) -> Iterator[tup
     learners, stages = counts.get("actor") or 1, root.rollout.pipeline_stage_num
     yield from _batch_problems(root.actor.global_batch_size, root.actor.micro_batch_size, learners)
     yield from _demo_problems(root, learners)
+    yield from co_training_problems(root.actor.use_real_data_co_training, root.actor.sft_batch_size, learners)
     yield from _env_share_problems("env.train", root.env.train, counts.get("env") or 1, stages)
     if root.env.eval is not None:
         yield from _env_share_problems("env.eval", root.env.eval, counts.get("env") or 1, 1)
@@ -415,10 +439,10 @@ def _steering_problems(root: Root, algorithm: SacConfig) -> Iterator[tuple[str, 
 def _ppo_problems(root: Root) -> Iterator[tuple[str, str]]:
     algorithm, model = root.algorithm, root.actor.model
     assert isinstance(algorithm, PpoConfig)
-    if not isinstance(model, MlpActorCriticConfig):
+    if not isinstance(model, MlpActorCriticConfig | OpenpiConfig):
         yield (
             "actor.model.model_type",
-            f"PPO needs a value function, which {model.model_type} has not; write mlp_actor_critic",
+            f"PPO needs a value function, which {model.model_type} has not; write mlp_actor_critic or openpi",
         )
     if algorithm.reward_type == "action_level" and model.num_action_chunks > 1:
         yield (

@@ -31,6 +31,7 @@ from rlinf.models.embodiment.openpi.decoder import (
     weights_mark,
 )
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
+from rlinf.models.embodiment.openpi.tokenizer import Tokenizer
 from rlinf.runners.checkpoint import find
 
 TRAIN_COMMAND = "bash examples/sft/run_sft.sh"
@@ -76,8 +77,10 @@ def remark_on_decoder(config: Root) -> str | None:
     if not isinstance(model, OpenpiConfig) or model.model_path is not None:
         return None
     name = "π0.5" if model.robot().model.pi05 else "π0"
+    if model.openpi.use_dsrl:
+        name = f"the frozen {name}"
     return (
-        f"the frozen {name} ({model.openpi.size}) has random weights, to see that it runs, and solves nothing; "
+        f"{name} ({model.openpi.size}) has random weights, to see that it runs, and solves nothing; "
         "actor.model.model_path takes the folder of real ones"
     )
 
@@ -122,15 +125,12 @@ def _check_flow(config: Root, model: DsrlFlowConfig, spec: FlowDecoderSpec, spac
 def _openpi(config: Root, model: OpenpiConfig) -> NamedDecoder:
     robot = model.robot()
     path = None if model.model_path is None else Path(model.model_path).expanduser()
-    bf16 = model.precision == "bf16" or (model.precision is None and config.profile == "gpu")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = kept_dtype(config, model)
 
     def read() -> OpenpiDecoder:
         if path is None:
             return random_openpi_decoder(robot, num_steps=model.num_steps, dtype=dtype)
-        wanted = None if model.tokenizer_path is None else Path(model.tokenizer_path).expanduser()
-        tokenizer = find_tokenizer(wanted, path, tiny=model.openpi.size == "tiny")
-        return load_openpi_decoder(robot, path, tokenizer, num_steps=model.num_steps, dtype=dtype)
+        return load_openpi_decoder(robot, path, tokenizer_of(model, path), num_steps=model.num_steps, dtype=dtype)
 
     def load() -> OpenpiDecoder:
         # An offloaded worker empties its tensors, which nobody else may be using then.
@@ -139,12 +139,25 @@ def _openpi(config: Root, model: OpenpiConfig) -> NamedDecoder:
     return NamedDecoder(
         (robot.model.action_horizon, robot.model.action_dim),
         mark=lambda: RANDOM_MARK if path is None else weights_mark(path),
-        check=lambda spaces: _check_openpi(model, spaces),
+        check=lambda spaces: check_openpi(model, spaces),
         load=load,
     )
 
 
-def _check_openpi(model: OpenpiConfig, spaces: EnvSpaces) -> None:
+def kept_dtype(config: Root, model: OpenpiConfig) -> torch.dtype:
+    """Of weights that do not learn: those that are frozen, and those that act."""
+    bf16 = model.precision == "bf16" or (model.precision is None and config.profile == "gpu")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def tokenizer_of(model: OpenpiConfig, weights: Path) -> Tokenizer:
+    """The one that the keys name, or that lies beside the weights; see `find_tokenizer`."""
+    wanted = None if model.tokenizer_path is None else Path(model.tokenizer_path).expanduser()
+    return find_tokenizer(wanted, weights, tiny=model.openpi.size == "tiny")
+
+
+def check_openpi(model: OpenpiConfig, spaces: EnvSpaces) -> None:
+    """Raise ConfigError with every way in which the model does not fit the environment."""
     robot, there = model.robot(), spaces.obs_shapes
     cameras = [path.removeprefix("images/") for path in there if path.startswith("images/")]
     seen = ", ".join(cameras) or "none"

@@ -83,7 +83,7 @@ def load_as(
     for item in parsed:
         if not item.is_delete() and not _is_group(item, directory):
             sources.add_override(_our_key(item), item.value(), item.input_line or "")
-    return _validate(schema, name, tree, sources, {item.key_or_group for item in parsed})
+    return _validate(schema, name, tree, sources, {_our_key(item) for item in parsed})
 
 
 # ---- composition

@@ -8,9 +8,12 @@ import rlinf
 from rlinf.core.errors import ConfigError
 from rlinf.launch.config import Root
 from rlinf.launch.decoders import named_decoder
+from rlinf.launch.demonstrations import read_demonstrations
 from rlinf.launch.parse import load_as
+from rlinf.launch.pi0_policy import find_pi0
 from rlinf.launch.sft_config import SftConfig
 from rlinf.models.embodiment.dsrl_policy import DsrlFlowConfig, steering_keys
+from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 
 SFT_CONFIG_DIR = "examples/sft/config"
 
@@ -39,6 +42,19 @@ def make_missing_decoder(config: Root) -> int:
 
     print(f"there is no decoder in {model.decoder_path} yet; {recipe} makes it first", flush=True)
     return run_sft(load_as(SftConfig, recipe, overrides, find_sft_config_dir()))
+
+
+def check_pi0(config: Root) -> None:
+    """Where PPO trains pi0: its files, and the demonstrations beside it, before there is a run.
+
+    Raises CheckpointError or DataError naming what is missing or does not fit.
+    """
+    model = config.actor.model
+    if not isinstance(model, OpenpiConfig) or model.openpi.use_dsrl:
+        return
+    find_pi0(model)
+    if config.actor.use_real_data_co_training and not config.runner.only_eval:
+        read_demonstrations(config)
 
 
 def find_sft_config_dir() -> Path:

@@ -20,6 +20,7 @@ from rlinf.launch.build import describe_replay
 from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.crew import Layout, build_crew, build_evaluator, spaces_of
 from rlinf.launch.decoders import remark_on_decoder
+from rlinf.launch.demonstrations import describe_batches
 from rlinf.launch.machine import (
     cores_for_training_envs,
     num_cores,
@@ -30,7 +31,7 @@ from rlinf.launch.machine import (
 )
 from rlinf.launch.parameters import describe_parameters
 from rlinf.launch.parse import load_config
-from rlinf.launch.prerequisites import make_missing_decoder
+from rlinf.launch.prerequisites import check_pi0, make_missing_decoder
 from rlinf.launch.processes import Venue, open_runtime, open_venue
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
@@ -55,6 +56,7 @@ def train(config: Root) -> int:
     """
     if (code := make_missing_decoder(config)) != 0:
         return code
+    check_pi0(config)
     run_dir = run_directory(config)
     checkpoint = find(config.runner.resume_dir) if config.runner.resume_dir is not None else None
     resume_step = verify(checkpoint, only=POLICY_FILE).global_step if checkpoint is not None else 0
@@ -107,8 +109,9 @@ def _train(
         if (memory := describe_replay(config, spaces_of(crew.env))) is not None:
             reporter.note(memory)
         reporter.note(describe_parameters(crew.learner))
-        if (remark := remark_on_decoder(config)) is not None:
-            reporter.note(remark)
+        for remark in (remark_on_decoder(config), describe_batches(config, len(layout.learner))):
+            if remark is not None:
+                reporter.note(remark)
         last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0
         evaluator = None
         if config.runner.val_check_interval > 0:

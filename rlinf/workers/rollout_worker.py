@@ -45,6 +45,13 @@ class HoldsMore(Protocol):
         ...
 
 
+@runtime_checkable
+class ActsByNoise(Protocol):
+    """A policy that evaluation gives noise, too, where `eval_noise` says so: the same in every evaluation."""
+
+    eval_noise: bool
+
+
 class RolloutWorker:
     """Hosts a copy of the policy and serves the environments in `sources`, always in that order.
 
@@ -104,6 +111,10 @@ class RolloutWorker:
 
     def _serve(self, mode: Mode) -> int:
         asking, answers = list(self.sources), 0
+        draws = mode == "train"
+        if not draws and isinstance(self.actor, ActsByNoise) and self.actor.eval_noise:
+            self.generator.manual_seed(self.generator.initial_seed())
+            draws = True
         while asking:
             for source in list(asking):
                 obs = self.obs.get(key=source, timeout_s=self.timeout_s)
@@ -111,7 +122,7 @@ class RolloutWorker:
                     asking.remove(source)
                     continue
                 version = self.refresh()
-                noise = self._draw(source, _rows(obs)) if mode == "train" else None
+                noise = self._draw(source, _rows(obs)) if draws else None
                 out = self.actor.act(tree.to(obs, self.device), mode, noise)
                 self.actions.put(replace(out, version=version), key=source)
                 answers += 1

@@ -378,3 +378,19 @@ def test_a_collection_is_learned_from_as_in_stable_baselines3():
         torch.testing.assert_close(layer.weight, ours.weight, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(layer.bias, ours.bias, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(theirs.policy.log_std, net.log_std, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("target_kl", [None, 1e-12])
+def test_the_end_of_a_collection_is_told_once_also_where_it_is_left_early(target_kl):
+    ended, net = [], network()
+    ppo = PPO(net, batch_size=8, update_epoch=3, target_kl=target_kl, after_collection=ended.append)
+    for number in (1, 2):
+        ppo.observe(played(net))
+        updates = 0
+        while ppo.update():
+            updates += 1
+        assert ended == list(range(1, number + 1))
+        assert updates == 9 if target_kl is None else updates < 9
+    other = PPO(network(), batch_size=8)
+    other.load_state_dict(ppo.state_dict())
+    assert other.collections == 2

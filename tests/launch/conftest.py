@@ -30,7 +30,7 @@ class NoiseWorlds:
 
     def advance(self, action: Tensor, active: Tensor) -> Outcome:
         moved = self._state.clone()
-        moved[:, :4] += action
+        moved[:, : action.shape[1]] += action
         self._state = torch.where(active[:, None], moved, self._state)
         return Outcome(-self._state.norm(dim=1), torch.zeros_like(active), torch.zeros_like(active))
 
@@ -44,11 +44,33 @@ class NoiseWorlds:
         pass
 
 
+class PictureWorlds(NoiseWorlds):
+    """What the digital twin shows and takes."""
+
+    def __init__(self, num_envs: int, side: int) -> None:
+        super().__init__(num_envs)
+        self._side = side
+        shapes = {"state": (7,), "images/front": (side, side, 3), "instruction": ()}
+        self.spaces = EnvSpaces(shapes, {"state": "float32", "images/front": "uint8", "instruction": "str"}, 7)
+
+    def observe(self) -> Obs:
+        shade = (128 + 40 * self._state[:, :3]).clamp(0, 255).to(torch.uint8)
+        picture = shade[:, None, None].expand(-1, self._side, self._side, 3).contiguous()
+        return {
+            "state": self._state[:, :7].clone(),
+            "images": {"front": picture},
+            "instruction": ["go"] * self.num_envs,
+        }
+
+
 def make(
     config: ManiSkillConfig, *, num_envs: int, seed: int, control_mode: str | None, num_workers: int, render: bool
 ) -> ReplayedEnv:
     assert control_mode is not None
-    return ReplayedEnv(NoiseWorlds(num_envs), episode_rules(config), seed=seed)
+    worlds = NoiseWorlds(num_envs)
+    if config.init_params.obs_mode == "rgb":
+        worlds = PictureWorlds(num_envs, config.init_params.sensor_configs["width"])
+    return ReplayedEnv(worlds, episode_rules(config), seed=seed)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import ast
 import re
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,20 @@ from rlinf.data.columns import gigabytes
 from rlinf.data.demos import DemoMeta, write_demos
 from rlinf.data.replay import ReplayBuffer
 from rlinf.envs.maniskill.config import ManiSkillConfig
-from rlinf.launch.algorithm_config import SacConfig
+from rlinf.launch.algorithm_config import PpoConfig, SacConfig
 from rlinf.launch.build import describe_replay
-from rlinf.launch.config import Root
+from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.crew import build_crew, build_evaluator, spaces_of
 from rlinf.launch.parse import key_paths, load_config, models_in
 from rlinf.models.embodiment.dsrl_policy import DsrlFlowConfig
 from rlinf.models.embodiment.flow_decoder import FlowDecoder, FlowDecoderSpec, save_flow_decoder
+from rlinf.models.embodiment.openpi.config import PI05
+from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 from rlinf.runners.crew import Crew
 from rlinf.runtime.local import LocalRuntime
 from rlinf.workers.learner_worker import LearnerWorker
 from tests.launch.conftest import CONFIG_DIR
+from tests.launch.test_co_training_openpi import write_real
 
 RECIPES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
 PACKAGE = Path(rlinf.__file__).parent
@@ -61,8 +65,9 @@ def test_every_yaml_belongs_to_a_recipe() -> None:
         assert re.search(rf"\b{re.escape(option)}\b", text), f"{path} is used by no recipe"
 
 
-# Building LIBERO's scenes takes seconds. What starts with a recipe's name and `_async` has the same parts.
-BUILT = [(n, p) for n in RECIPES for p in ("cpu", "gpu") if "libero" not in n or (p == "cpu" and "async" not in n)]
+# Building LIBERO's scenes takes seconds, and a whole π0 has 3 billion weights. What starts with a recipe's name and
+# `_async` has the same parts.
+BUILT = [(n, p) for n in RECIPES for p in ("cpu", "gpu") if "openpi" not in n or (p == "cpu" and "async" not in n)]
 
 
 @pytest.mark.usefixtures("fake_maniskill")
@@ -79,6 +84,9 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
     if "libero" in name:
         overrides += ["env.train.specific_reset_id=0", "env.eval.specific_reset_id=0"]
         overrides += ["actor.global_batch_size=8", "actor.micro_batch_size=8"]
+    if "co_training" in name:
+        real = write_real(tmp_path / "real")
+        overrides += [f"actor.sft_data_path={real}", "actor.model.model_path=null"]
     has_demos = isinstance(algorithm, SacConfig) and algorithm.demo_buffer is not None
     if has_demos:
         overrides.append(f"algorithm.demo_buffer.load_path={record(tmp_path)}")
@@ -95,6 +103,7 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
         assert metrics["replay_buffer/size"] == 2 * root.env.train.total_num_envs
     assert torch.isfinite(torch.tensor(metrics["sac/critic_loss" if off_policy else "critic/value_loss"]))
     assert ("demo_buffer/size" in metrics) == has_demos
+    assert ("sft_loss" in metrics) == ("co_training" in name)
 
 
 @pytest.mark.usefixtures("fake_maniskill")
@@ -181,6 +190,34 @@ def test_the_gpu_profile_keeps_the_published_sizes() -> None:
     assert model.model_type == "flow_policy"
     assert (model.d_model, model.n_head, model.n_layers, model.denoising_steps) == (96, 4, 2, 4)
     assert (model.flow_actor_type, model.noise_std_head) == ("JaxFlowTActor", True)
+
+
+def test_co_training_keeps_the_published_sizes() -> None:
+    root = load("maniskill_ppo_co_training_openpi_pi05", "profile=gpu")
+    algorithm, actor, model, train = root.algorithm, root.actor, root.actor.model, root.env.train
+    assert isinstance(algorithm, PpoConfig) and isinstance(model, OpenpiConfig)
+    assert (train.total_num_envs, train.rollout_epoch, train.max_steps_per_rollout_epoch) == (64, 2, 80)
+    assert (algorithm.update_epoch, algorithm.clip_ratio_high, algorithm.value_clip) == (2, 0.2, 0.2)
+    assert (algorithm.gamma**model.num_action_chunks, algorithm.gae_lambda) == (pytest.approx(0.99, abs=1e-4), 0.95)
+    assert (actor.micro_batch_size, actor.global_batch_size, actor.sft_batch_size) == (40, 2560, 16)
+    assert (actor.use_real_data_co_training, actor.sft_loss_weight) == (True, 0.2)
+    assert (actor.optim.lr, actor.critic_optim.lr, actor.optim.clip_grad) == (4e-6, 2e-4, 1.0)
+    assert (model.num_action_chunks, model.num_steps, model.robot().model.action_horizon) == (4, 4, 8)
+    assert model.robot().model == replace(PI05, action_horizon=8)
+    walk = model.walk()
+    assert (walk.method, walk.joint, walk.terms, walk.std_range) == ("flow_noise", True, 5, (0.08, 0.16))
+    assert updates_per_step(root) == 2
+
+
+def test_co_training_takes_what_its_seed_document_prints() -> None:
+    printed = ["rollout.model.model_path=/stage1", "actor.model.model_path=/stage1"]
+    printed += ["actor.model.openpi.config_name=pi05_maniskill_sim_real_co_training"]
+    printed += ["actor.use_real_data_co_training=True", "actor.sft_loss_weight=0.2"]
+    root = load("maniskill_ppo_co_training_openpi_pi05", *printed, "profile=gpu")
+    assert root.actor.model.model_path == "/stage1"
+    real = load("maniskill_ppo_co_training_openpi_pi05_tiny", "env@env.eval=maniskill_pick_and_place_shifted_twin")
+    assert real.env.eval.init_params.twin.latency_s == 0.06 and real.env.train.init_params.twin.latency_s == 0
+    assert real.env.eval.init_params.sensor_configs == {"width": 64, "height": 64}
 
 
 def test_the_settings_printed_in_the_seed_document_are_accepted() -> None:

@@ -15,6 +15,9 @@ the original code does; the ratio is then that density's (terms)-th root.
 The value is read off the language model (`value_after_vlm`): the mean of its last output over the tokens that are
 there. Otherwise off the action expert: the mean of its output over the action tokens, for the noise x = 0 at t = 1.
 
+What is frozen is no part of the state: it is not published, and not saved with every checkpoint. `frozen_mark` tells
+one frozen model from another.
+
     [1] π_RL, arXiv:2510.25889
 
     B batch, N environments, K denoising steps, H actions per chunk, C of them executed, A action size of the model,
@@ -25,12 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rlinf.core.errors import ConfigError, ShapeError
+from rlinf.core import tree
+from rlinf.core.errors import CheckpointError, ConfigError, ShapeError
 from rlinf.core.protocols import Mode
 from rlinf.core.types import ActionOut, Obs
 from rlinf.functional.denoising import (
@@ -47,10 +51,12 @@ from rlinf.functional.denoising import (
 from rlinf.functional.squash import LOG_SQRT_TAU
 from rlinf.models.embodiment.openpi.dataconfig.robot import Pipeline
 from rlinf.models.embodiment.openpi.model import Pi0, Prefix, denoising_times
+from rlinf.models.embodiment.openpi.transforms import compose, model_inputs
 from rlinf.models.modules.mlp import mlp
 
 NOISE_HIDDEN_DIMS = (128, 64)
 VALUE_HIDDEN_DIMS = (512, 256, 128)
+PREPARED = ("images", "state", "tokens", "token_mask")
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,16 @@ class Pi0ActorCritic(nn.Module):
         train_expert_only: keep image encoder and language model as they are.
         value_after_vlm: see the module.
         detach_critic_input: the value's gradient ends at its head. Otherwise it reaches what the head reads.
+        eval_noise: whether evaluation begins from noise, which whoever asks draws, or from zeros.
+        frozen_mark: number of the model whose weights are kept; a state that was trained beside another is refused.
+            0: of any.
 
     Raises ConfigError where more actions are executed than the model gives.
     """
 
     noise_shape: tuple[int, ...]
     noise_level: Tensor
+    frozen_mark: Tensor
 
     def __init__(
         self,
@@ -124,6 +134,8 @@ class Pi0ActorCritic(nn.Module):
         value_after_vlm: bool = True,
         detach_critic_input: bool = True,
         value_hidden_dims: Sequence[int] = VALUE_HIDDEN_DIMS,
+        eval_noise: bool = True,
+        frozen_mark: int = 0,
     ) -> None:
         super().__init__()
         config = model.config
@@ -133,14 +145,14 @@ class Pi0ActorCritic(nn.Module):
             )
         self.model, self.pipeline, self.walk = model, pipeline, walk
         self.value_after_vlm, self.detach_critic_input = value_after_vlm, detach_critic_input
+        self.eval_noise = eval_noise
         device = model.action_in_proj.weight.device
         self.noise_head: nn.Module | None = None
-        if walk.method == "flow_noise":
-            self.noise_head = mlp(config.expert.width, NOISE_HIDDEN_DIMS, config.action_dim, activation="tanh").to(
-                device
-            )
         width = config.vlm.width if value_after_vlm else config.expert.width
-        self.value_head = mlp(width, tuple(value_hidden_dims), 1, activation="relu").to(device)
+        with device:
+            if walk.method == "flow_noise":
+                self.noise_head = mlp(config.expert.width, NOISE_HIDDEN_DIMS, config.action_dim, activation="tanh")
+            self.value_head = mlp(width, tuple(value_hidden_dims), 1, activation="relu")
         self.register_buffer("noise_level", torch.tensor(walk.noise_level, device=device))
         self.noise_shape = (walk.num_steps + 1 if walk.joint else 3, config.action_horizon, config.action_dim)
         self._times = denoising_times(walk.num_steps)
@@ -148,6 +160,10 @@ class Pi0ActorCritic(nn.Module):
             kept = {id(p) for p in model.expert_parameters()}
             for p in model.parameters():
                 p.requires_grad_(id(p) in kept)
+        self._frozen = frozenset(name for name, p in self.named_parameters() if not p.requires_grad)
+        self.register_buffer("frozen_mark", torch.tensor(frozen_mark if self._frozen else 0, device=device))
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_miss_no_frozen)
 
     # ---- what trains it
 
@@ -164,7 +180,33 @@ class Pi0ActorCritic(nn.Module):
         """The transformer layers of the model."""
         return self.model.shard_units()
 
+    def held(self) -> list[Tensor]:
+        """All tensors, those that are frozen too."""
+        return [*self.parameters(), *self.buffers()]
+
+    def set_noise_level(self, level: float) -> None:
+        """α of flow_sde and flow_cps from now on; the copies that act take it over with the weights."""
+        self.noise_level.fill_(level)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        ours, theirs = int(self.frozen_mark), int(state_dict.get(f"{prefix}frozen_mark", 0))
+        if ours and theirs and ours != theirs:
+            raise CheckpointError(
+                "these weights were trained beside another frozen model; name theirs in actor.model.model_path"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # ---- ActorCritic
+
+    def prepare(self, obs: Obs) -> Obs:
+        """Observations → all that does not depend on the weights: resized pictures, tokens, the normalised state.
+
+        Everything here that takes observations takes these, too. What is prepared stays as it is.
+        """
+        if "tokens" in obs:
+            return obs
+        sample = compose(self.pipeline.inputs)(obs)
+        return tree.to({name: sample[name] for name in PREPARED}, sample["state"].device)
 
     @torch.no_grad()
     def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:
@@ -269,7 +311,7 @@ class Pi0ActorCritic(nn.Module):
     # ---- parts
 
     def _encode(self, obs: Obs) -> Prefix:
-        inputs = self.pipeline.encode(obs, self.model.action_in_proj.weight.device)
+        inputs = model_inputs(self.prepare(obs), self.model.action_in_proj.weight.device)
         return self.model.encode(inputs, with_output=self.value_after_vlm)
 
     def _value(self, prefix: Prefix) -> Tensor:
@@ -298,3 +340,15 @@ class Pi0ActorCritic(nn.Module):
     def _check(self, name: str, x: Tensor) -> None:
         if x.shape[1:] != self.noise_shape:
             raise ShapeError(f"{name} is {list(x.shape)} instead of [B, {', '.join(map(str, self.noise_shape))}]")
+
+
+def _leave_out_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(module, Pi0ActorCritic)
+    for name in module._frozen:
+        state_dict.pop(prefix + name, None)
+
+
+def _miss_no_frozen(module: nn.Module, incompatible: Any) -> None:
+    assert isinstance(module, Pi0ActorCritic)
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if key not in module._frozen]

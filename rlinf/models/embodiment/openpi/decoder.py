@@ -62,24 +62,34 @@ class OpenpiDecoder:
         return self.model.state_dict()
 
 
-def load_openpi_decoder(
-    robot: DataConfig, path: Path, tokenizer: Tokenizer, *, num_steps: int, dtype: torch.dtype
-) -> OpenpiDecoder:
-    """The decoder of a published checkpoint, with the statistics beside its weights.
+def load_openpi(robot: DataConfig, path: Path, tokenizer: Tokenizer, *, dtype: torch.dtype) -> tuple[Pi0, Pipeline]:
+    """A published checkpoint, with the statistics beside its weights.
 
     Raises CheckpointError or DataError naming the file that is missing or does not fit.
     """
     folder = path if path.is_dir() else path.parent
     pipeline = robot.pipeline(read_norm_stats(folder, robot.asset_id), tokenizer)
-    model, _ = load_pi0(path, robot.model, dtype=dtype)
+    return load_pi0(path, robot.model, dtype=dtype)[0], pipeline
+
+
+def random_openpi(robot: DataConfig, *, dtype: torch.dtype = torch.float32) -> tuple[Pi0, Pipeline]:
+    """Random weights, always the same, a tokenizer of words, and statistics that change nothing: for tries."""
+    one = torch.ones(robot.model.action_dim if robot.pad_first else robot.action_dim, dtype=torch.float64)
+    pipeline = robot.pipeline({"actions": NormStats(0 * one, one, -one, one)}, WordTokenizer())
+    return build_pi0(robot.model, dtype=dtype, generator=torch.Generator().manual_seed(0)), pipeline
+
+
+def load_openpi_decoder(
+    robot: DataConfig, path: Path, tokenizer: Tokenizer, *, num_steps: int, dtype: torch.dtype
+) -> OpenpiDecoder:
+    """The decoder of a published checkpoint; see `load_openpi`."""
+    model, pipeline = load_openpi(robot, path, tokenizer, dtype=dtype)
     return OpenpiDecoder(model, pipeline, num_steps=num_steps)
 
 
 def random_openpi_decoder(robot: DataConfig, *, num_steps: int, dtype: torch.dtype = torch.float32) -> OpenpiDecoder:
-    """Random weights, always the same, a tokenizer of words, and statistics that change nothing: for tries."""
-    one = torch.ones(robot.action_dim, dtype=torch.float64)
-    pipeline = robot.pipeline({"actions": NormStats(0 * one, one, -one, one)}, WordTokenizer())
-    model = build_pi0(robot.model, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    """A decoder with random weights; see `random_openpi`."""
+    model, pipeline = random_openpi(robot, dtype=dtype)
     return OpenpiDecoder(model, pipeline, num_steps=num_steps)
 
 

@@ -1,21 +1,23 @@
-"""What `actor.model` says about π0 and π0.5 as the frozen decoder of a steered policy (DSRL)."""
+"""What `actor.model` says about π0 and π0.5: as the policy that PPO trains, or frozen and steered (DSRL)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from rlinf.core.config import Config
 from rlinf.core.errors import ConfigError
+from rlinf.functional.denoising import NoiseMethod
 from rlinf.models.embodiment.dsrl_keys import DsrlKeys
+from rlinf.models.embodiment.openpi.actor_critic import VALUE_HIDDEN_DIMS, Walk
 from rlinf.models.embodiment.openpi.config import TINY, TINY_PI05
 from rlinf.models.embodiment.openpi.dataconfig import DataConfig, data_config
 
 
 class OpenpiKeys(DsrlKeys):
-    """Keys of `actor.model.openpi`."""
+    """Keys of `actor.model.openpi`; those that begin with dsrl_ belong to use_dsrl."""
 
     config_name: str = Field(
         "pi0_libero",
@@ -24,10 +26,60 @@ class OpenpiKeys(DsrlKeys):
     )
     size: Literal["full", "tiny"] = Field(
         "full",
-        description="full: the published sizes, 3.3 billion weights; tiny: half a million, for tries without a GPU.",
+        description="full: the published sizes, 3.3 billion weights; tiny: a million, for tries without a GPU.",
+    )
+    action_horizon: PositiveInt | None = Field(
+        None,
+        description="Actions that the model gives at once, of which num_action_chunks are played; null: config_name's.",
     )
     use_dsrl: bool = Field(
-        False, description="Learn to choose the noise; the model stays as it is. The one way to train it so far."
+        False,
+        description="SAC learns to choose the noise, and the model stays as it is. False: PPO trains the model itself.",
+    )
+    train_expert_only: bool = Field(
+        True, description="PPO: train the action expert and keep image encoder and language model as they are."
+    )
+    noise_method: NoiseMethod = Field(
+        "flow_sde",
+        description="PPO: the noise that gives a denoising step its density. flow_sde and flow_cps: of noise_level; "
+        "flow_noise: of a network that is learned with the policy.",
+    )
+    joint_logprob: bool = Field(
+        False,
+        description="PPO: noise in every denoising step, and the density of all of them. False: in one step, drawn for "
+        "each decision, and the density of that one.",
+    )
+    logprob_reduction: Literal["sum", "mean"] = Field(
+        "sum",
+        description="PPO: how the terms of a joint density become one. sum: their product's logarithm, as it is "
+        "defined; mean: divided by their number, as RLinf does, whose published settings are for it.",
+    )
+    noise_level: PositiveFloat = Field(0.5, description="PPO: the amount of noise of flow_sde and flow_cps.")
+    noise_anneal: bool = Field(False, description="PPO: noise_level follows noise_params.")
+    noise_params: tuple[PositiveFloat, PositiveFloat, PositiveInt] = Field(
+        (0.7, 0.3, 400),
+        description="With noise_anneal: noise_level at the beginning, at the end, and the global steps from one to "
+        "the other.",
+    )
+    noise_logvar_range: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.08, 0.16),
+        description="PPO: smallest and largest standard deviation that the network of flow_noise gives (the name is "
+        "upstream's; the numbers are no variances).",
+    )
+    value_after_vlm: bool = Field(
+        False,
+        description="PPO: the value is read off the language model, the mean of its last output over the tokens that "
+        "are there; False: off the action expert.",
+    )
+    value_hidden_dims: tuple[PositiveInt, ...] = Field(
+        VALUE_HIDDEN_DIMS, min_length=1, description="PPO: widths of the hidden layers of the value head."
+    )
+    detach_critic_input: bool = Field(
+        True, description="PPO: the value's gradient ends at its head; False: it trains what the head reads, too."
+    )
+    eval_noise: bool = Field(
+        True,
+        description="PPO: evaluation starts from random noise, the same in every evaluation; False: from zeros.",
     )
     dsrl_camera: str | None = Field(
         "main",
@@ -49,16 +101,18 @@ class OpenpiConfig(Config):
     model_type: Literal["openpi"] = Field("openpi", description="Selects this policy.")
     model_path: str | None = Field(
         None,
-        description="File or folder with the weights in safetensors, as openpi and LeRobot publish them, and with the "
-        "statistics (norm_stats.json). null: random weights, for openpi.size: tiny alone.",
+        description="File or folder with the weights in safetensors, as openpi and LeRobot publish them and run_sft.sh "
+        "writes them, and with the statistics (norm_stats.json). null: random weights, for openpi.size: tiny alone.",
     )
     tokenizer_path: str | None = Field(
         None,
         description="PaliGemma's tokenizer. null: tokenizer.model or paligemma_tokenizer.model in model_path; a tiny "
-        "model reads bytes.",
+        "model reads words as numbers that their letters make.",
     )
     precision: Literal["fp32", "bf16"] | None = Field(
-        None, description="Type of the frozen weights; null: bf16 on a GPU and fp32 on a CPU. What learns is float32."
+        None,
+        description="Type of frozen weights and of those that act; null: bf16 on a GPU and fp32 on a CPU. What learns "
+        "is float32, and actor.precision is what it computes in.",
     )
     policy_setup: str | None = Field(
         None, description="Robot and action convention; fixes the control mode of simulators that have several."
@@ -80,11 +134,45 @@ class OpenpiConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _walks(self) -> OpenpiConfig:
+        if self.openpi.use_dsrl:
+            return self
+        horizon = self.robot().model.action_horizon
+        if self.num_action_chunks > horizon:
+            raise ValueError(
+                f"num_action_chunks is {self.num_action_chunks}, but {self.openpi.config_name} gives chunks of "
+                f"{horizon} actions; lower it or write openpi.action_horizon"
+            )
+        if self.openpi.noise_anneal and self.openpi.noise_method == "flow_noise":
+            raise ValueError(
+                "openpi.noise_anneal: the noise of flow_noise is learned, within openpi.noise_logvar_range; write False"
+            )
+        try:
+            self.walk()
+        except ConfigError as error:
+            raise ValueError(f"openpi: {error}") from error
+        return self
+
+    def walk(self) -> Walk:
+        """How PPO's policy draws its actions, at first."""
+        keys = self.openpi
+        return Walk(
+            num_steps=self.num_steps,
+            method=keys.noise_method,
+            executed=self.num_action_chunks,
+            action_dim=self.robot().action_dim,
+            joint=keys.joint_logprob,
+            noise_level=keys.noise_params[0] if keys.noise_anneal else keys.noise_level,
+            std_range=keys.noise_logvar_range,
+            reduction=keys.logprob_reduction,
+        )
+
     def robot(self) -> DataConfig:
         """The data configuration, with the sizes of the model that is asked for."""
-        data = data_config(self.openpi.config_name)
-        if self.openpi.size == "full":
-            return data
-        tiny = TINY_PI05 if data.model.pi05 else TINY
-        horizon, length = data.model.action_horizon, data.model.max_token_len
-        return replace(data, model=replace(tiny, action_horizon=horizon, max_token_len=length))
+        data, keys = data_config(self.openpi.config_name), self.openpi
+        horizon = keys.action_horizon or data.model.action_horizon
+        sizes = data.model
+        if keys.size == "tiny":
+            sizes = replace(TINY_PI05 if sizes.pi05 else TINY, max_token_len=sizes.max_token_len)
+        return replace(data, model=replace(sizes, action_horizon=horizon))
