@@ -38,6 +38,7 @@ from rlinf.core import tree
 from rlinf.core.protocols import ActorNetwork, Buffer, Critic, CriticNetwork, LearnsLater, Network, RunningStatistics
 from rlinf.core.ranks import ONE_RANK, Ranks, share_of
 from rlinf.core.types import Metrics, Obs, Trajectory, Transition
+from rlinf.data.interventions import with_operators_decisions
 from rlinf.functional.returns import Bootstrap, fold_chunk
 
 Aggregate = Literal["min", "mean"]
@@ -225,7 +226,7 @@ class SAC:
         replay: ReplayStore,
         *,
         sampler: Sampler | None = None,
-        demo_buffer: Buffer | None = None,
+        demo_buffer: ReplayStore | None = None,
         normalizer: RunningStatistics | None = None,
         encoder: Encoder | None = None,
         acting: Network | None = None,
@@ -293,11 +294,17 @@ class SAC:
     def observe(self, trajectory: Trajectory) -> None:
         """Fold chunks into transitions and store them; take the observations into the running statistics.
 
+        Where an operator took over, the decision is what was done, and the transition is prior data, too: it goes into
+        both buffers (HIL-SERL, arXiv:2410.21845).
+
         Several ranks do the latter together, in `ready` or before a checkpoint: they need not observe equally many
         segments.
         """
+        trajectory, taken_over = with_operators_decisions(trajectory)
         reward, discount = fold_chunk(trajectory.reward, trajectory.terminated, self.gamma, self.bootstrap)
         self.replay.add(trajectory, reward, discount)
+        if self.demo_buffer is not None and bool((taken_over & trajectory.valid).any()):
+            self.demo_buffer.add(replace(trajectory, valid=trajectory.valid & taken_over), reward, discount)
         if self.normalizer is not None:
             states = trajectory.obs["state"][1:].flatten(0, 1)
             if self.ranks.size == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,11 +39,26 @@ MAX_SIMULATOR_SEED = 2**31
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one action did to N worlds: reward float32 [N], success and failure bool [N], before any scaling."""
+    """What one action did to N worlds: reward float32 [N], success and failure bool [N], before any scaling.
+
+    Where an operator may act in the policy's place, `executed` [N, A] is what was done and `intervened` bool [N] in
+    which worlds it was theirs; None where everything was done as told.
+    """
 
     reward: Tensor
     success: Tensor
     failure: Tensor
+    executed: Tensor | None = None
+    intervened: Tensor | None = None
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A simulator that has more to tell of the running episodes than reward and success."""
+
+    def report(self) -> dict[str, Tensor]:
+        """Entries [N] for `EnvStep.info`; those of an episode are called `episode/<name>`."""
+        ...
 
 
 class Simulator(Protocol):
@@ -225,9 +240,15 @@ class EpisodicEnv:
         reward = torch.zeros(n, horizon, device=action.device)
         terminated = torch.zeros(n, horizon, dtype=torch.bool, device=action.device)
         truncated = torch.zeros(n, dtype=torch.bool, device=action.device)
+        intervened = torch.zeros(n, horizon, dtype=torch.bool, device=action.device)
+        executed = action
         for h in range(horizon):
-            reward[:, h], terminated[:, h], now_truncated = self._advance(action[:, h])
+            outcome, reward[:, h], terminated[:, h], now_truncated = self._advance(action[:, h])
             truncated |= now_truncated
+            if outcome.executed is not None and outcome.intervened is not None:
+                executed = executed.clone() if executed is action else executed
+                executed[:, h] = torch.where(outcome.intervened[:, None], outcome.executed, action[:, h])
+                intervened[:, h] = outcome.intervened
         last_obs = self._observe()
         info = self._info()
         beginning = (terminated.any(1) | truncated) & (self._endless | self._goes_on)
@@ -235,8 +256,7 @@ class EpisodicEnv:
         if self._rules.auto_reset and bool(beginning.any()):
             self._begin(beginning)
             obs = self._observe()
-        intervened = torch.zeros(n, horizon, dtype=torch.bool, device=action.device)
-        return EnvStep(obs, last_obs, reward, terminated, truncated, action, intervened, info)
+        return EnvStep(obs, last_obs, reward, terminated, truncated, executed, intervened, info)
 
     def render(self) -> np.ndarray | None:
         """uint8 [M ≤ N, height, width, 3] of the present state, or None where there is no picture."""
@@ -249,8 +269,8 @@ class EpisodicEnv:
             self._closed = True
             self._simulator.close()
 
-    def _advance(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reward, termination and truncation [N] of one action, in the rows whose episode still runs."""
+    def _advance(self, action: Tensor) -> tuple[Outcome, Tensor, Tensor, Tensor]:
+        """What one action did; reward, termination and truncation [N], in the rows whose episode still runs."""
         running = self._running.clone()
         outcome = self._simulator.advance(action, running)
         task_reward = torch.where(running, outcome.reward, 0.0)
@@ -269,7 +289,7 @@ class EpisodicEnv:
             terminated = running & (outcome.success | outcome.failure)
         truncated = running & ~terminated & (self._steps >= self._rules.max_episode_steps)
         self._running = running & ~(terminated | truncated)
-        return reward * self._rules.reward_scale, terminated, truncated
+        return outcome, reward * self._rules.reward_scale, terminated, truncated
 
     def _begin(self, rows: Tensor) -> None:
         chosen = rows.nonzero().flatten().tolist()
@@ -299,7 +319,8 @@ class EpisodicEnv:
 
     def _info(self) -> dict[str, Tensor]:
         length = self._steps.to(torch.float32)
-        return {
+        more = self._simulator.report() if isinstance(self._simulator, Reporting) else {}
+        return more | {
             "success": self._success.clone(),
             "episode/success_once": self._success_once.clone(),
             "episode/success_at_end": self._success.clone(),
@@ -406,7 +427,7 @@ class ReplayedEnv(EpisodicEnv):
         for name in self._TRACKED:
             setattr(self, name, state["tracked"][name].clone())
 
-    def _advance(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _advance(self, action: Tensor) -> tuple[Outcome, Tensor, Tensor, Tensor]:
         rows = self._running.nonzero().flatten()
         self._played[self._steps[rows], rows] = action[rows]
         return super()._advance(action)

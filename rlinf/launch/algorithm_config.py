@@ -97,10 +97,19 @@ class DemoBufferConfig(Config):
     """Prior experience that is mixed into every batch (RLPD)."""
 
     load_path: str = Field(description="Folder with demonstrations, as record_demos.sh writes them.")
+    scripted_episodes: NonNegativeInt = Field(
+        0, description="Where the folder is missing, so many of the task's scripted expert are recorded first."
+    )
+    scripted_noise: float = Field(0.1, ge=0, description="Standard deviation of the noise on that expert's actions.")
     capacity: PositiveInt | None = Field(
         None, description="Rows that are kept, as in replay_buffer; null: all of the folder."
     )
     fraction: float = Field(0.5, gt=0, lt=1, description="Share of every batch that is prior experience.")
+    room: NonNegativeInt = Field(
+        0,
+        description="Rows besides those of the folder, for what an operator does in the policy's place while it "
+        "learns; once they are full, the oldest make room.",
+    )
 
 
 class SacConfig(Config):

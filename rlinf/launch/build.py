@@ -33,6 +33,7 @@ from rlinf.data.replay import BOOKKEEPING_BYTES, ReplayBuffer
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
+from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.functional.returns import fold_chunk
 from rlinf.launch.algorithm_config import DemoBufferConfig, OptimConfig, PpoConfig, SacConfig
 from rlinf.launch.config import Root, updates_per_step
@@ -94,6 +95,8 @@ def make_env(
 
 def control_mode_of(env: EnvConfig, policy_setup: str | None) -> str | None:
     """The simulator's name for what an action means; None where it has only one."""
+    if isinstance(env, RealWorldConfig):
+        return f"motion along {'tool' if env.use_relative_frame else 'base'} axes, {env.rotation}"
     return control_mode(env.init_params, policy_setup) if isinstance(env, ManiSkillConfig) else None
 
 
@@ -151,7 +154,7 @@ def build_networks(config: Root, spaces: EnvSpaces, *, acts: bool = True) -> Net
                 return Networks(build_pi0_policy(config, model, spaces, acts=acts), None, None)
             actor, latent_critic, noise_critic = build_steering(config, keys, spaces, normalizer, acts=acts)
             return Networks(actor, latent_critic, normalizer, noise_critic)
-        if isinstance(model, CnnPolicyConfig):
+        if isinstance(model, CnnPolicyConfig | FlowPolicyConfig) and model.input_type == "mixed":
             shapes = spaces.obs_shapes
             actor = build_cnn_policy(model, obs_shapes=shapes, action_dim=action_dim, normalizer=normalizer)
         elif isinstance(model, FlowPolicyConfig):
@@ -383,8 +386,10 @@ def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces, r
         trajectories, meta = read_demos(demo.load_path)
         check_demos(meta, spaces, control_mode_of(config.env.train, config.actor.model.policy_setup))
     except DataError as problem:
+        cell = isinstance(config.env.train, RealWorldConfig)
+        command = "collect_data.sh" if cell else "record_demos.sh RECIPE"
         raise DataError(
-            f"algorithm.demo_buffer.load_path: {problem} To record: bash examples/embodiment/record_demos.sh RECIPE"
+            f"algorithm.demo_buffer.load_path: {problem} To record: bash examples/embodiment/{command}"
         ) from problem
     if len(trajectories) < ranks.size:
         raise DataError(
@@ -402,7 +407,7 @@ def build_demo_buffer(config: Root, demo: DemoBufferConfig, spaces: EnvSpaces, r
             )
         needed += (trajectory.num_steps + 1) * trajectory.num_envs + len(trajectory.last_index)
     buffer = ReplayBuffer(
-        math.ceil(demo.capacity / ranks.size) if demo.capacity else needed,
+        math.ceil(demo.capacity / ranks.size) if demo.capacity else needed + demo.room,
         generator=numpy_generator(learner_seed(config, "demos", ranks), "draws"),
         config_key="algorithm.demo_buffer",
     )

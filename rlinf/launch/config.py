@@ -19,6 +19,7 @@ from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig, control_mode
 from rlinf.envs.reach import ReachConfig
+from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.launch.algorithm_config import AnyAlgorithm, FsdpConfig, OptimConfig, PpoConfig, SacConfig
 from rlinf.launch.cluster_config import ClusterConfig, cluster_problems
 from rlinf.launch.openpi_problems import co_training_problems, openpi_problems
@@ -33,7 +34,9 @@ from rlinf.runtime.placement import Plan
 from rlinf.runtime.placement_text import KEY as PLACEMENT
 from rlinf.runtime.routes import check_sources
 
-AnyEnv = Annotated[ManiSkillConfig | FrankaSimConfig | LiberoConfig | ReachConfig, Field(discriminator="env_type")]
+AnyEnv = Annotated[
+    ManiSkillConfig | FrankaSimConfig | LiberoConfig | RealWorldConfig | ReachConfig, Field(discriminator="env_type")
+]
 AnyModel = Annotated[
     FlowPolicyConfig | MlpPolicyConfig | CnnPolicyConfig | MlpActorCriticConfig | DsrlFlowConfig | OpenpiConfig,
     Field(discriminator="model_type"),
@@ -267,6 +270,12 @@ def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
             f"runner.max_staleness ({staleness}) is less than the {updates_per_step(root)} updates of a global step: "
             "learning would never begin; raise it or lower algorithm.update_epoch",
         )
+    if root.runner.val_check_interval > 0 and _is_robot(root.env.eval):
+        yield (
+            "runner.val_check_interval",
+            "runner.val_check_interval: a robot cannot be evaluated while it learns; what it does meanwhile is counted "
+            "(env/success_once). Write -1, and evaluate the finished run with `python -m rlinf eval RUN`",
+        )
     if root.env.train.video_cfg.save_video:
         yield (
             "env.train.video_cfg.save_video",
@@ -277,6 +286,10 @@ def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
             "runner.ckpt_path",
             "runner.ckpt_path takes only weights and runner.resume_dir takes everything; give one of them",
         )
+
+
+def _is_robot(env: EnvConfig | None) -> bool:
+    return isinstance(env, RealWorldConfig) and not env.is_simulated()
 
 
 def _off(key: str) -> str:
@@ -380,7 +393,7 @@ def _sac_problems(root: Root) -> Iterator[tuple[str, str]]:
         sees, heads = steering.dsrl_camera is not None, steering.dsrl_num_q_heads
         key = "openpi.dsrl_num_q_heads" if isinstance(model, OpenpiConfig) else "dsrl_num_q_heads"
     elif isinstance(model, QPolicyConfig):
-        sees, key, heads = isinstance(model, CnnPolicyConfig), "num_q_heads", model.num_q_heads
+        sees, key, heads = model.input_type == "mixed", "num_q_heads", model.num_q_heads
     elif isinstance(model, OpenpiConfig):
         yield (
             "actor.model.openpi.use_dsrl",

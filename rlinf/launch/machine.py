@@ -15,6 +15,7 @@ from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
+from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.launch.config import Root
 from rlinf.launch.cpu import BF16_FLAGS, cpu_flags
 from rlinf.runtime.placement import Node
@@ -145,7 +146,8 @@ def cores_for_training_envs(config: Root, here: Neighbours = ALONE) -> int:
 def simulates_on_cpu(env: EnvConfig) -> bool:
     """Whether stepping keeps CPU cores busy."""
     if not isinstance(env, ManiSkillConfig):
-        return isinstance(env, FrankaSimConfig | LiberoConfig)
+        twin = isinstance(env, RealWorldConfig) and env.override_cfg.driver == "twin"
+        return twin or isinstance(env, FrankaSimConfig | LiberoConfig)
     backend = env.init_params.sim_backend
     return backend == "cpu" or (backend == "auto" and not torch.cuda.is_available())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import rlinf
 from rlinf.core.errors import ConfigError
+from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.config import Root
 from rlinf.launch.decoders import named_decoder
 from rlinf.launch.demonstrations import read_demonstrations
@@ -55,6 +56,21 @@ def check_pi0(config: Root) -> None:
     find_pi0(model)
     if config.actor.use_real_data_co_training and not config.runner.only_eval:
         read_demonstrations(config)
+
+
+def record_missing_demos(config: Root) -> None:
+    """Record the demonstrations that a recipe wants of its task's scripted expert, unless their folder is there.
+
+    Raises ConfigError, DataError as `record` does.
+    """
+    demo = config.algorithm.demo_buffer if isinstance(config.algorithm, SacConfig) else None
+    if demo is None or not demo.scripted_episodes or Path(demo.load_path).expanduser().exists():
+        return
+    from rlinf.launch.record import record
+
+    print(f"there are no demonstrations in {demo.load_path} yet; the scripted expert records them first", flush=True)
+    folder, episodes = Path(demo.load_path).expanduser(), demo.scripted_episodes
+    record(config, folder, episodes=episodes, noise_std=demo.scripted_noise, note=lambda line: print(line, flush=True))
 
 
 def find_sft_config_dir() -> Path:

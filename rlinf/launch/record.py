@@ -26,6 +26,7 @@ from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
+from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.launch.build import control_mode_of, make_env
 from rlinf.launch.config import Root
 from rlinf.launch.demonstrators import Demonstrator, ScriptedExpert, SeeingExpert, TrainedPolicy, env_seed
@@ -201,6 +202,9 @@ def with_full_state(env: EnvConfig) -> EnvConfig | None:
         return env.model_copy(update={"gym_id": "PandaPickCube-v0", "obs_mode": None})
     if isinstance(env, LiberoConfig):
         return env.model_copy(update={"show_objects": True, "image_size": UNSEEN_PIXELS})
+    if isinstance(env, RealWorldConfig) and not env.show_goal and not env.paced_by_clock():
+        blind = env.override_cfg.model_copy(update={"cameras": {}})
+        return env.model_copy(update={"show_goal": True, "teleop": "none", "override_cfg": blind})
     if isinstance(env, ManiSkillConfig) and env.init_params.obs_mode == "rgb":
         return env.model_copy(update={"init_params": env.init_params.model_copy(update={"obs_mode": "state"})})
     return None
@@ -294,4 +298,4 @@ def task_of(env: EnvConfig) -> str:
     """What the simulator calls the task."""
     if isinstance(env, LiberoConfig):
         return env.task_suite_name
-    return env.init_params.id if isinstance(env, ManiSkillConfig) else env.env_type
+    return env.init_params.id if isinstance(env, ManiSkillConfig | RealWorldConfig) else env.env_type

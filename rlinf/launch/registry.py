@@ -14,6 +14,7 @@ ENVS: Mapping[str, str] = {
     "libero": "rlinf.envs.libero.env:make",
     "maniskill": "rlinf.envs.maniskill.env:make",
     "reach": "rlinf.envs.reach:make",
+    "realworld": "rlinf.envs.realworld.env:make",
 }
 """`env.*.env_type` → function that makes a `VectorEnv`."""
 
@@ -23,6 +24,7 @@ EXPERTS: Mapping[str, str] = {
     "reach": "rlinf.envs.reach:ReachExpert",
     "PandaPutOnPlateInScene25DigitalTwin-v1": "rlinf.envs.maniskill.twin_expert:PutOnTrayExpert",
     "PandaPutOnTrayDigitalTwin-v1": "rlinf.envs.maniskill.twin_expert:PutOnTrayExpert",
+    "PegInsertionEnv-v1": "rlinf.envs.realworld.expert:PegInsertionExpert",
     "PickCube-v1": "rlinf.envs.maniskill.expert:PickCubeExpert",
     "StackCube-v1": "rlinf.envs.maniskill.expert:StackCubeExpert",
 }

@@ -15,6 +15,7 @@ import numpy as np
 
 from rlinf.core.errors import CheckpointError, ConfigError
 from rlinf.core.protocols import Mode
+from rlinf.envs.realworld.config import RealWorldConfig, check_said
 from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.build import describe_replay
 from rlinf.launch.config import Root, updates_per_step
@@ -31,7 +32,7 @@ from rlinf.launch.machine import (
 )
 from rlinf.launch.parameters import describe_parameters
 from rlinf.launch.parse import load_config
-from rlinf.launch.prerequisites import check_pi0, make_missing_decoder
+from rlinf.launch.prerequisites import check_pi0, make_missing_decoder, record_missing_demos
 from rlinf.launch.processes import Venue, open_runtime, open_venue
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
@@ -54,9 +55,13 @@ def train(config: Root) -> int:
 
     Raises RlinfError with one line for whatever the user can mend; what was learned until then is saved.
     """
+    if isinstance(config.env.train, RealWorldConfig):
+        check_said(config.env.train, here=config.cluster.num_nodes == 1)
     if (code := make_missing_decoder(config)) != 0:
         return code
     check_pi0(config)
+    if not config.runner.only_eval:
+        record_missing_demos(config)
     run_dir = run_directory(config)
     checkpoint = find(config.runner.resume_dir) if config.runner.resume_dir is not None else None
     resume_step = verify(checkpoint, only=POLICY_FILE).global_step if checkpoint is not None else 0
@@ -85,6 +90,8 @@ def _train_at(venue: Venue, config: Root, run_dir: Path, checkpoint: Path | None
         open_runtime(config, venue, reporter.note) as (runtime, layout),
     ):
         reporter.note(describe(config, layout))
+        if isinstance(config.env.train, RealWorldConfig):
+            reporter.note(config.env.train.describe())
         if config.runner.only_eval:
             path = config.runner.resume_dir or config.runner.ckpt_path or ""  # one is set: the schema checks it
             weights = publish_file(runtime.weights("evaluated", layout.rollout), path)

@@ -1,6 +1,7 @@
 """Losses with numbers that can be checked by hand, and the schedule of the stateful half."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from rlinf.algorithms import sac
 from rlinf.algorithms.optimize import OptimizerSettings, Stepper, flatten, track
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core.errors import CheckpointError
-from rlinf.core.types import Transition
+from rlinf.core.types import Trajectory, Transition
 from rlinf.models.modules.q_ensemble import QEnsemble
 
 
@@ -143,6 +144,39 @@ def make_sac(seed=0, **keys):
     target = copy.deepcopy(critic).requires_grad_(False)
     settings = {"target_entropy": -1.0, "batch_size": 16, "tau": 0.1} | keys
     return sac.SAC(actor, critic, target, Temperature("softplus", 0.2), FixedReplay(), **settings)
+
+
+class Recorded(FixedReplay):
+    def add(self, trajectory, reward, discount):
+        self.trajectory = trajectory
+
+
+def test_what_an_operator_did_goes_into_both_buffers_as_the_decision():
+    agent = make_sac(demo_buffer=(demos := Recorded()))
+    agent.replay = Recorded()
+    flags = torch.zeros(3, 2, 1, dtype=torch.bool)
+    intervened = flags.clone()
+    intervened[1, 0] = True
+    segment = Trajectory(
+        obs={"state": torch.zeros(4, 2, 3)},
+        last_obs={"state": torch.zeros(0, 3)},
+        last_index=torch.zeros(0, 2, dtype=torch.int64),
+        decision=torch.zeros(3, 2, 1),
+        action=torch.full((3, 2, 1, 1), 0.5),
+        reward=torch.zeros(3, 2, 1),
+        terminated=flags,
+        truncated=flags[..., 0],
+        intervened=intervened,
+        valid=~flags[..., 0],
+    )
+    agent.observe(segment)
+    assert agent.replay.trajectory.decision[:, :, 0].tolist() == [[0, 0], [0.5, 0], [0, 0]]
+    assert agent.replay.trajectory.valid.all()
+    assert demos.trajectory.valid.tolist() == [[False, False], [True, False], [False, False]]
+    assert demos.trajectory.decision[1, 0, 0] == 0.5
+    del demos.trajectory
+    agent.observe(dataclasses.replace(segment, intervened=flags))
+    assert not hasattr(demos, "trajectory")
 
 
 def weights(module):

@@ -23,6 +23,7 @@ from rlinf.launch.build import describe_replay
 from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.crew import build_crew, build_evaluator, spaces_of
 from rlinf.launch.parse import key_paths, load_config, models_in
+from rlinf.launch.prerequisites import record_missing_demos
 from rlinf.models.embodiment.dsrl_policy import DsrlFlowConfig
 from rlinf.models.embodiment.flow_decoder import FlowDecoder, FlowDecoderSpec, save_flow_decoder
 from rlinf.models.embodiment.openpi.config import PI05
@@ -88,9 +89,15 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
         real = write_real(tmp_path / "real")
         overrides += [f"actor.sft_data_path={real}", "actor.model.model_path=null"]
     has_demos = isinstance(algorithm, SacConfig) and algorithm.demo_buffer is not None
-    if has_demos:
+    if "realworld" in name:
+        overrides += [f"env.{use}.override_cfg.driver=twin" for use in ("train", "eval")]
+        overrides += [f"algorithm.demo_buffer.load_path={tmp_path / 'demos'}"]
+        overrides += ["algorithm.demo_buffer.scripted_episodes=1"]
+        overrides += ["actor.global_batch_size=8", "actor.micro_batch_size=8"]
+    elif has_demos:
         overrides.append(f"algorithm.demo_buffer.load_path={record(tmp_path)}")
     root = load(name, f"profile={profile}", *overrides)
+    record_missing_demos(root)
     runtime, device = LocalRuntime(), torch.device("cpu")
     crew = build_crew(root, runtime, device=device)
     try:

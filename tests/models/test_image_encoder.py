@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from rlinf.core.errors import CheckpointError, ConfigError, ShapeError
 from rlinf.models.embodiment.cnn_policy import CnnPolicyConfig, build_cnn_policy
+from rlinf.models.embodiment.flow_policy import FlowPolicyConfig
 from rlinf.models.embodiment.image_encoder import ImageEncoder
 from rlinf.models.modules.resnet10 import ResNet10, load_resnet10
 from rlinf.models.modules.running_norm import RunningNorm
@@ -391,6 +392,25 @@ def test_weights_and_statistics_travel_together():
     other.load_state_dict(source.state_dict())
     assert torch.equal(other.act(obs, "eval").action, source.act(obs, "eval").action)
     assert {name.split(".")[0] for name in source.state_dict()} == {"encoder", "head"}
+
+
+def test_a_flow_policy_acts_on_the_encoders_features():
+    torch.manual_seed(0)
+    norm = RunningNorm(S)
+    norm.update(torch.randn(10, S))
+    keys = {"image_feature_dim": 16, "state_feature_dim": 8, "d_model": 16, "denoising_steps": 2}
+    config = FlowPolicyConfig(input_type="mixed", policy_setup=None, image_num=2, **keys)
+    network = build_cnn_policy(config, obs_shapes=SHAPES, action_dim=A, normalizer=norm)
+    assert network.noise_shape == (3, A) and network.head.normalizer is None
+    obs, noise = observations(), torch.randn(B, 3, A)
+    action, log_prob = network.sample(obs, noise)
+    features = network.encoder(obs)
+    assert features["state"].shape == (B, 2 * 16 + 8)
+    torch.testing.assert_close(action, network.head.sample(features, noise)[0])
+    assert network.act(obs, "eval").action.shape == (B, 1, A) and log_prob.shape == (B,)
+    assert network.default_target_entropy() == network.head.default_target_entropy()
+    with pytest.raises(ValidationError, match="input_type: mixed"):
+        FlowPolicyConfig(image_num=1)
 
 
 def test_pretrained_policy_is_built_from_its_path(folder, resnet_weights):

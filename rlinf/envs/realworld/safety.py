@@ -235,7 +235,7 @@ class SafetyGate:
         """Where the arm is to be pulled now, [7]. Raises RuntimeError before `start` saw a finite pose."""
         period = min(max(now - self._last_s, 0.0), self._max_period_s)
         self._last_s = max(now, self._last_s)
-        self._watch(state, now)
+        self.watch(state, now)
         if self._held is None:
             raise RuntimeError("the safety gate was not started with a finite pose")
         if self.stopped or self._goal is None:
@@ -264,8 +264,8 @@ class SafetyGate:
         way[3:] = _shortened(way[3:], limits.max_turn_rate * period)
         return held + way
 
-    def _watch(self, state: ArmState, now: float) -> None:
-        """Stop the arm for what it measures."""
+    def watch(self, state: ArmState, now: float) -> None:
+        """Stop the arm for what it measures. `target` calls it; whoever measures more often may, too."""
         limits = self.limits
         stale = now - state.time_s > limits.max_state_age_s
         if stale and not self._stale:

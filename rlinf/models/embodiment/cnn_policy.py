@@ -1,4 +1,4 @@
-"""A Gaussian policy on camera images and the robot's state: `ImageEncoder`, then `MlpPolicy` on its features.
+"""Policies on camera images and the robot's state: `ImageEncoder`, then a policy on its features, Gaussian or a flow.
 
 For acting and saving. Losses use the two parts one by one: the encoder is trained by the critic's loss, and the head
 sees its features detached, as in SERL (Luo et al. 2024, arXiv:2401.16013).
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlinf.core.errors import ConfigError
 from rlinf.core.protocols import Mode
 from rlinf.core.types import ActionOut, Obs
+from rlinf.models.embodiment.flow_policy import FlowPolicy, FlowPolicyConfig, build_flow_policy
 from rlinf.models.embodiment.image_encoder import ImageEncoder, ImageEncoderKeys, build_image_encoder
 from rlinf.models.embodiment.mlp_policy import MlpPolicy
 from rlinf.models.embodiment.state_policy import ActivationKey, QPolicyConfig
@@ -55,32 +56,32 @@ class CnnPolicy(nn.Module):
 
     noise_shape: tuple[int, ...]
 
-    def __init__(self, encoder: ImageEncoder, head: MlpPolicy) -> None:
+    def __init__(self, encoder: ImageEncoder, head: MlpPolicy | FlowPolicy) -> None:
         super().__init__()
         self.encoder, self.head, self.noise_shape = encoder, head, head.noise_shape
 
     def sample(self, obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions [B, H·A] in (−1, 1) and their log densities [B]; noise [B, H·A]. Nothing is dropped."""
+        """Actions [B, H·A] in (−1, 1) and log densities [B], as the head's; noise [B, *noise_shape]. No dropout."""
         return self.head.sample(self.encoder(obs), noise)
 
     @torch.no_grad()
     def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:
-        """`train`: a sample. `eval`: tanh of the mean. Nothing is dropped in either."""
+        """As the head's. Nothing is dropped, whether exploring or not."""
         return self.head.act(self.encoder(obs), mode, noise)
 
     def default_target_entropy(self) -> float:
-        """The head's: −H·A."""
+        """The head's."""
         return self.head.default_target_entropy()
 
 
 def build_cnn_policy(
-    config: CnnPolicyConfig,
+    config: CnnPolicyConfig | FlowPolicyConfig,
     *,
     obs_shapes: Mapping[str, tuple[int, ...]],
     action_dim: int,
     normalizer: RunningNorm | None,
 ) -> CnnPolicy:
-    """The policy that `config` describes.
+    """The policy that `config` describes: a Gaussian, or with `input_type: mixed` a flow.
 
     Args:
         obs_shapes: leaf path ("state", "images/front") → shape without the leading N.
@@ -98,6 +99,9 @@ def build_cnn_policy(
             f"actor.model.obs_dim is {config.obs_dim}, but the environment's robot state has {state_dim}; write "
             f"{state_dim} or remove the key"
         )
+    if isinstance(config, FlowPolicyConfig):
+        flow = build_flow_policy(config, obs_dim=encoder.out_dim, action_dim=action_dim, normalizer=None)
+        return CnnPolicy(encoder, flow)
     head = MlpPolicy(
         encoder.out_dim,
         action_dim * config.num_action_chunks,

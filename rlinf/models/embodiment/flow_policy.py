@@ -28,6 +28,7 @@ from rlinf.core.protocols import Mode
 from rlinf.core.types import ActionOut, Obs
 from rlinf.functional.flow import Velocity, integrate, largest_corrected_std, sample_path
 from rlinf.functional.squash import UNIT_GAUSSIAN_ENTROPY, tanh_log_det
+from rlinf.models.embodiment.image_encoder import ImageEncoderKeys
 from rlinf.models.embodiment.state_policy import ActivationKey, QPolicyConfig
 from rlinf.models.modules.flow_actor import FlowGate, FlowTransformer, NoiseRange
 from rlinf.models.modules.mlp import mlp
@@ -39,10 +40,13 @@ SQUASH_ENTROPY_PER_DIM = -1.0
 """E log(1 − tanh²x) that the default target allows per action element; a uniform action on (−1, 1) has −0.61."""
 
 
-class FlowPolicyConfig(QPolicyConfig):
+class FlowPolicyConfig(ImageEncoderKeys, QPolicyConfig):
     """Keys of `actor.model` for `model_type: flow_policy`."""
 
     model_type: Literal["flow_policy"] = Field("flow_policy", description="Selects this policy.")
+    input_type: Literal["state", "mixed"] = Field(  # type: ignore[assignment]
+        "state", description="What the policy sees: the state vector, or all cameras and the robot's state."
+    )
     backbone_dims: tuple[PositiveInt, ...] = Field(
         (), description="Widths of tanh layers between state and flow network."
     )
@@ -88,6 +92,9 @@ class FlowPolicyConfig(QPolicyConfig):
     def _check(self) -> FlowPolicyConfig:
         if self.d_model % self.n_head:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_head ({self.n_head})")
+        if self.input_type == "state" and (self.image_num is not None or self.model_path is not None):
+            key = "image_num" if self.image_num is not None else "model_path"
+            raise ValueError(f"{key} is for policies that see images; write input_type: mixed or remove the key")
         for phase in ("train", "rollout"):
             low, high = getattr(self, f"log_std_min_{phase}"), getattr(self, f"log_std_max_{phase}")
             if low >= high:

@@ -104,6 +104,13 @@ class FakeArm:
                 self._pose = frames.pose_of(q[:3], frames.multiply(turn, self._home[3:]))
             self._target = self._pose.copy()
 
+    def restart(self, pose: np.ndarray) -> None:
+        """Be at a pose [7], at rest and without a fault, at once."""
+        with self._lock:
+            self._follow()
+            self._pose, self.fault = frames.pose_of(pose[:3], pose[3:]), ""
+            self._target = self._pose.copy()
+
     def recover(self) -> None:
         """Forget the fault."""
         self._reach()

@@ -190,6 +190,10 @@ class SerlHttpArm:
         else:
             self._link.post("move_gripper", {"gripper_pos": round(255 * opening)})
 
+    def stop(self, reason: str) -> None:
+        """Stop the arm until a person clears it at the server. Raises HttpRefusal on SERL's, which knows no stop."""
+        self._link.post("stop", {"reason": reason})
+
     def safety(self) -> dict[str, Any]:
         """What our server's gate did: `stopped`, `counts`, `events`. Raises ArmError on SERL's."""
         return dict(self._eye.json("safety"))
