@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what a recipe needs into a virtual environment, and says what it could not do.
 #
-#   bash requirements/install.sh embodied [--model M] [--env E]... [--ray] [--lerobot] [--use-mirror] [--dev]
-#       [--bench] [--venv DIR]
+#   bash requirements/install.sh embodied [--model M] [--env E]... [--hardware H]... [--ray] [--lerobot] [--use-mirror]
+#       [--dev] [--bench] [--venv DIR]
 #
 # Safe to repeat (a second call returns at once), safe to interrupt (the next call goes on), and free of addresses:
 # packages come from where pip and apt of this machine are told to look.
@@ -16,13 +16,14 @@ readonly TORCH=torch==2.13.0
 # Without what they ask for besides the extra `libero`: transformers, wandb, robomimic and by way of it another torch,
 # none of which stepping a task needs.
 readonly LIBERO="hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
-readonly OPTIONS="--env --model --ray --lerobot --use-mirror --dev --bench --venv --help"
+readonly OPTIONS="--env --model --hardware --ray --lerobot --use-mirror --dev --bench --venv --help"
 readonly PYTHONS="python3.11 python3.12 python3.10 python3.13 python3"
 
 # Everything that the five seed recipes name. "later" is accepted and reported: the recipe is not in this version.
 readonly ENVS="maniskill reach maniskill_libero libero frankasim realworld franka"
 readonly MODELS="mlp_policy flow_policy cnn_policy openpi openvla openvla_oft openvla-oft"
-readonly ENVS_HERE="maniskill reach maniskill_libero libero frankasim"
+readonly ENVS_HERE="maniskill reach maniskill_libero libero frankasim realworld franka"
+readonly HARDWARE="franky panda realsense usbcam spacemouse"
 readonly MODELS_HERE="mlp_policy flow_policy cnn_policy openpi"
 
 VENV=$ROOT/.venv
@@ -30,6 +31,7 @@ EXTRAS=()  # optional dependency groups of pyproject.toml
 COULD_NOT=()  # lines of the closing report
 NEEDS_VULKAN=no
 NEEDS_EGL=no
+NEEDS_LIBRARIES=no
 USE_MIRROR=no
 
 say() { printf '[install] %s\n' "$*"; }
@@ -43,11 +45,12 @@ could_not() { COULD_NOT+=("$*"); }
 
 usage() {
     cat <<TEXT
-bash requirements/install.sh embodied [--model M] [--env E]... [--ray] [--lerobot] [--use-mirror] [--dev]
-    [--bench] [--venv DIR]
+bash requirements/install.sh embodied [--model M] [--env E]... [--hardware H]... [--ray] [--lerobot] [--use-mirror]
+    [--dev] [--bench] [--venv DIR]
 
   --env E       simulator to install, may be given several times: $ENVS
   --model M     model whose packages to install: $MODELS
+  --hardware H  library of what is plugged into this machine, may be given several times: $HARDWARE
   --ray         Ray, for runs of several processes: more than one GPU or machine
   --lerobot     what LeRobot data sets are read and written with (pyarrow, PyAV)
   --use-mirror  take packages from the mirror named by RLINF_PIP_MIRROR or PIP_INDEX_URL
@@ -85,11 +88,18 @@ choose_env() {
     case $1 in
         maniskill | maniskill_libero) EXTRAS+=(maniskill) NEEDS_VULKAN=yes ;;
         frankasim) EXTRAS+=(frankasim) NEEDS_EGL=yes ;;
+        realworld | franka) EXTRAS+=(realworld) NEEDS_EGL=yes ;;
     esac
     case $1 in
         libero | maniskill_libero) EXTRAS+=(libero) NEEDS_EGL=yes ;;
     esac
     contains "$1" "$ENVS_HERE" || could_not "--env $1: not in this version; nothing was installed for it"
+}
+
+choose_hardware() {
+    contains "$1" "$HARDWARE" || die "unknown --hardware '$1'; did you mean $(nearest "$1" "$HARDWARE")? Known: $HARDWARE"
+    EXTRAS+=("$1")
+    NEEDS_LIBRARIES=yes
 }
 
 choose_model() {
@@ -108,11 +118,12 @@ parse_arguments() {
     esac
     while [ $# -gt 0 ]; do
         case $1 in
-            --env | --model | --venv) [ $# -ge 2 ] || die "$1 needs a value" ;;
+            --env | --model | --hardware | --venv) [ $# -ge 2 ] || die "$1 needs a value" ;;
         esac
         case $1 in
             --env) choose_env "$2" && shift 2 ;;
             --model) choose_model "$2" && shift 2 ;;
+            --hardware) choose_hardware "$2" && shift 2 ;;
             --venv) VENV=$2 && shift 2 ;;
             --use-mirror) USE_MIRROR=yes && shift ;;
             --ray) EXTRAS+=(ray) && shift ;;
@@ -172,6 +183,8 @@ package_of_library() {
         libICE.so.6) echo libice6 ;;
         libglib-2.0.so.0 | libgthread-2.0.so.0) echo libglib2.0-0 ;;
         libgomp.so.1) echo libgomp1 ;;
+        libusb-1.0.so.0) echo libusb-1.0-0 ;;
+        libudev.so.1) echo libudev1 ;;
         libstdc++.so.6) echo libstdc++6 ;;
     esac
 }
@@ -180,7 +193,7 @@ package_of_library() {
 # also show as missing in ldd's eyes; the table above knows none of those.
 missing_system_packages() {
     local library
-    find "$(site_packages)"/{cv2,sapien,mplib} -name '*.so*' -exec ldd {} + 2>/dev/null |
+    find "$(site_packages)"/{cv2,sapien,mplib,pyrealsense2} -name '*.so*' -exec ldd {} + 2>/dev/null |
         awk '/not found/ { print $1 }' | sort -u |
         while read -r library; do package_of_library "$library"; done | sort -u
 }
@@ -190,7 +203,7 @@ install_libraries() {
     mapfile -t packages < <(missing_system_packages)
     [ ${#packages[@]} -gt 0 ] || return 0
     apt_install "${packages[@]}" ||
-        could_not "shared libraries that the simulator needs: an administrator runs: apt-get install ${packages[*]}"
+        could_not "shared libraries that the simulator or the hardware needs: an administrator runs: apt-get install ${packages[*]}"
 }
 
 # --- Python ---------------------------------------------------------------------------------------------------
@@ -384,7 +397,7 @@ main() {
         check_torch
         if contains libero "$(paste -sd' ' <<<"$wanted")"; then install_libero; fi
     fi
-    if [ "$NEEDS_VULKAN" = yes ] || [ "$NEEDS_EGL" = yes ]; then install_libraries; fi
+    case "$NEEDS_VULKAN $NEEDS_EGL $NEEDS_LIBRARIES" in *yes*) install_libraries ;; esac
     if [ "$NEEDS_VULKAN" = yes ]; then install_vulkan; fi
     if [ "$NEEDS_EGL" = yes ]; then install_egl; fi
     write_stamp "$hash" "$wanted"

@@ -1,5 +1,6 @@
 """The installer's decisions that need neither a network nor a new environment."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,6 +30,8 @@ def call(script: str, code: str) -> str:
     [
         (["embodied", "--env", "maniskil"], "unknown --env 'maniskil'; did you mean maniskill?"),
         (["embodied", "--model", "flowpolicy"], "unknown --model 'flowpolicy'; did you mean flow_policy?"),
+        (["embodied", "--hardware", "spacemose"], "unknown --hardware 'spacemose'; did you mean spacemouse?"),
+        (["embodied", "--hardware"], "--hardware needs a value"),
         (["embodied", "--use-miror"], "unknown argument '--use-miror'; did you mean --use-mirror?"),
         (["embodied", "--env"], "--env needs a value"),
         ([], "the first argument is the kind of installation"),
@@ -53,6 +56,28 @@ def test_every_name_of_the_seed_recipes_is_accepted():
         call("install.sh", 'choose_env maniskill; echo "${EXTRAS[@]} $NEEDS_VULKAN ${#COULD_NOT[@]}"')
         == "maniskill yes 0"
     )
+
+
+def test_the_robot_cell_needs_its_twin_and_what_is_plugged_in():
+    for name in ("realworld", "franka"):
+        code = f'choose_env {name}; echo "${{EXTRAS[@]}} $NEEDS_EGL ${{#COULD_NOT[@]}}"'
+        assert call("install.sh", code) == "realworld yes 0"
+    code = 'parse_arguments embodied --env realworld --hardware spacemouse --hardware realsense; echo "${EXTRAS[@]}"'
+    assert call("install.sh", code) == "realworld spacemouse realsense"
+    assert call("install.sh", "package_of_library libusb-1.0.so.0") == "libusb-1.0-0"
+
+
+def test_every_extra_that_the_installer_asks_for_exists():
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
+    assert set(call("install.sh", 'echo "$HARDWARE"').split()) | {"realworld"} <= extras
+    # The commands in the errors of what is imported late.
+    asked = {
+        word
+        for path in (ROOT / "rlinf/envs/realworld").rglob("*.py")
+        for word in re.findall(r"--hardware (\w+)", path.read_text())
+    }
+    assert asked == set(call("install.sh", 'echo "$HARDWARE"').split())
 
 
 def test_tools_of_tests_and_benchmarks_are_asked_for_by_name():
@@ -141,6 +166,15 @@ def calls(repository: Path, script: str, *words: str) -> list[str]:
     done = bash(str(repository / "examples/embodiment" / script), *words, cwd=repository.parent)
     assert done.returncode == 0, done.stderr
     return (repository / "calls").read_text().splitlines()
+
+
+def test_collecting_installs_the_twin_and_runs_the_command(repository):
+    first, run = calls(repository, "collect_data.sh", "realworld_sac_flow_image", "--operator", "keyboard", "a.b=1")
+    assert first == "install embodied --env realworld"
+    assert run == "python -m rlinf collect realworld_sac_flow_image --operator keyboard a.b=1"
+    stamp = repository / ".venv/rlinf-install.stamp"
+    stamp.write_text("hash\nrealworld\n")
+    assert calls(repository, "collect_data.sh") == ["python -m rlinf collect realworld_sac_flow_image"]
 
 
 @pytest.mark.parametrize("script", ["run_embodiment.sh", "record_demos.sh"])

@@ -1,7 +1,7 @@
 """Demonstrations on disk: a directory with `index.json` and one .npz file per recorded segment.
 
-    index.json        format, version, what was recorded where and how, and one entry per file:
-                      its name and the transitions and episodes in it
+    index.json        format, version, what was recorded where and how, and one entry per file: its name, the
+                      transitions and episodes in it, and, where that is known, the success of each of them
     000000.npz        obs/<leaf> [T + 1, N, ...], last_obs/<leaf> [M, ...], last_index, action, reward,
                       terminated, truncated, intervened, valid, source, continues  (fields of `Trajectory`)
 
@@ -12,10 +12,13 @@ whole. Writing into a directory that has an index appends.
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from rlinf.data.columns import read_json, write_atomic, write_json
 
 _FORMAT = "rlinf demonstrations"
 _VERSION = 1
-_INDEX = "index.json"
+INDEX = "index.json"
 _REMEDY = "Restore it, or record the demonstrations into another directory."
 _ENTRIES = {  # of the index, with the kinds that JSON gives
     "env_id": str,
@@ -72,8 +75,17 @@ class DemoMeta:
     num_successes: int = 0
 
 
-def write_demos(directory: str, trajectories: Sequence[Trajectory], meta: DemoMeta) -> DemoMeta:
+def write_demos(
+    directory: str,
+    trajectories: Sequence[Trajectory],
+    meta: DemoMeta,
+    success: Sequence[Sequence[bool]] | None = None,
+) -> DemoMeta:
     """Add one file per trajectory to `directory` (created when needed); returns the totals of all its files.
+
+    Args:
+        success: of each trajectory, whether each episode that ends in it was a success, in the order of
+            `Trajectory.last_index`; `meta.num_successes` is not read then. None: it is not known of each.
 
     Raises:
         DataError: a trajectory does not fit `meta`, `meta` does not fit what the directory holds, or the disk
@@ -81,31 +93,30 @@ def write_demos(directory: str, trajectories: Sequence[Trajectory], meta: DemoMe
     """
     target = Path(directory)
     described = _described(meta)
-    arrays = [_arrays(trajectory) for trajectory in trajectories]
+    arrays = [arrays_of(trajectory) for trajectory in trajectories]
     for number, fields in enumerate(arrays):
         _check_fields(fields, meta, f"trajectory {number}")
-    files: list[dict[str, Any]] = []
-    num_successes = meta.num_successes
-    if (target / _INDEX).exists():
-        index = _read_index(target)
-        files = index["files"]
-        num_successes += index["num_successes"]
-        for key, value in described.items():
-            if key != "recorded_by" and index[key] != value:
-                raise DataError(
-                    f"{target} holds demonstrations with {key}={index[key]}, and these have {key}={value}: "
-                    "record them into another directory."
-                )
+    entries = [_entry(fields, None if success is None else success[i]) for i, fields in enumerate(arrays)]
+    num_successes = meta.num_successes if success is None else sum(map(sum, success))
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for fields in arrays:
-            name = f"{len(files):06d}.npz"
-            write_atomic(target / name, _npz(fields))
-            done = (fields["terminated"].any(-1) | fields["truncated"]) & fields["valid"]
-            counts = {"transitions": int(fields["valid"].sum()), "episodes": int(done.sum())}
-            files = [*files, {"file": name, **counts}]
-        header = {"format": _FORMAT, "version": _VERSION}
-        write_json(target / _INDEX, {**header, **described, "num_successes": num_successes, "files": files})
+        with locked(target):
+            files: list[dict[str, Any]] = []
+            if (target / INDEX).exists():
+                index = read_index(target)
+                files = index["files"]
+                num_successes += index["num_successes"]
+                for key, value in described.items():
+                    if key != "recorded_by" and index[key] != value:
+                        raise DataError(
+                            f"{target} holds demonstrations with {key}={index[key]}, and these have {key}={value}: "
+                            "record them into another directory."
+                        )
+            for fields, entry in zip(arrays, entries, strict=True):
+                name = next_name(files)
+                write_atomic(target / name, npz(fields))
+                files = [*files, {"file": name, **entry}]
+            write_index(target, {**described, "num_successes": num_successes, "files": files})
     except OSError as error:
         raise DataError(
             f"{target} could not be written: {error}. The demonstrations recorded there before are unharmed."
@@ -125,9 +136,15 @@ def read_demos(directory: str) -> tuple[list[Trajectory], DemoMeta]:
         raise DataError(f"{source} is no directory: record demonstrations into it first, or mend the path.")
     if not any(source.iterdir()):
         raise DataError(f"{source} is empty: record demonstrations into it first.")
-    index = _read_index(source)
+    index = read_index(source)
     if not index["files"]:
-        raise DataError(f"{source / _INDEX} lists no demonstration: record some first.")
+        raise DataError(f"{source / INDEX} lists no demonstration: record some first.")
+    meta = meta_of(index)
+    return [read_file(source / entry["file"], meta) for entry in index["files"]], meta
+
+
+def meta_of(index: dict[str, Any]) -> DemoMeta:
+    """What an index says of its directory."""
     meta = DemoMeta(
         env_id=index["env_id"],
         control_mode=index["control_mode"],
@@ -136,8 +153,7 @@ def read_demos(directory: str) -> tuple[list[Trajectory], DemoMeta]:
         obs_dtypes=index["obs_dtypes"],
         recorded_by=index["recorded_by"],
     )
-    trajectories = [_read_file(source / entry["file"], meta) for entry in index["files"]]
-    return trajectories, _with_totals(meta, index["num_successes"], index["files"])
+    return _with_totals(meta, index["num_successes"], index["files"])
 
 
 def check_demos(meta: DemoMeta, spaces: EnvSpaces, control_mode: str | None = None) -> None:
@@ -171,6 +187,45 @@ def check_demos(meta: DemoMeta, spaces: EnvSpaces, control_mode: str | None = No
         )
 
 
+# ---- the index
+
+
+def write_index(directory: Path, content: dict[str, Any]) -> None:
+    """Replace the index, in one step. Raises OSError."""
+    write_json(directory / INDEX, {"format": _FORMAT, "version": _VERSION, **content})
+
+
+def next_name(files: Sequence[dict[str, Any]]) -> str:
+    """A name that no file of the index has."""
+    numbers = [int(stem) for entry in files if (stem := Path(entry["file"]).stem).isdecimal()]
+    return f"{max(numbers, default=-1) + 1:06d}.npz"
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Nobody else changes the index meanwhile. Raises DataError when another program does right now."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another program is writing into {directory}: run this again when it is done") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _entry(fields: dict[str, np.ndarray], success: Sequence[bool] | None) -> dict[str, Any]:
+    """What the index says of a file, without its name."""
+    done = (fields["terminated"].any(-1) | fields["truncated"]) & fields["valid"]
+    entry: dict[str, Any] = {"transitions": int(fields["valid"].sum()), "episodes": int(done.sum())}
+    if success is None:
+        return entry
+    if len(success) != entry["episodes"]:
+        raise DataError(f"{len(success)} successes were given for {entry['episodes']} episodes")
+    return entry | {"success": [bool(flag) for flag in success]}
+
+
 def _described(meta: DemoMeta) -> dict[str, Any]:
     """The part of the index that all its files share, as JSON gives it back."""
     described = asdict(meta)
@@ -188,24 +243,26 @@ def _with_totals(meta: DemoMeta, num_successes: int, files: list[dict[str, Any]]
     )
 
 
-def _read_index(directory: Path) -> dict[str, Any]:
+def read_index(directory: Path) -> dict[str, Any]:
+    """The index, checked. Raises DataError naming what is wrong with it."""
     try:
-        index = read_json(directory / _INDEX, _FORMAT, _VERSION)
+        index = read_json(directory / INDEX, _FORMAT, _VERSION)
     except CheckpointError as error:
         raise DataError(f"{error} {_REMEDY}") from error
     missing = [entry for entry in _ENTRIES if entry not in index]
     if missing:
-        raise DataError(f"{directory / _INDEX} lacks {', '.join(missing)}. {_REMEDY}")
+        raise DataError(f"{directory / INDEX} lacks {', '.join(missing)}. {_REMEDY}")
     wrong = [entry for entry, kind in _ENTRIES.items() if not isinstance(index[entry], kind)]
     if wrong:
-        raise DataError(f"{directory / _INDEX} is damaged: {', '.join(wrong)} cannot be understood. {_REMEDY}")
+        raise DataError(f"{directory / INDEX} is damaged: {', '.join(wrong)} cannot be understood. {_REMEDY}")
     files = index["files"]
-    if not all(isinstance(entry, dict) and entry.keys() == {"file", "transitions", "episodes"} for entry in files):
-        raise DataError(f"{directory / _INDEX} lacks part of its list of files. {_REMEDY}")
+    needed = {"file", "transitions", "episodes"}
+    if not all(isinstance(entry, dict) and needed <= entry.keys() <= needed | {"success"} for entry in files):
+        raise DataError(f"{directory / INDEX} lacks part of its list of files. {_REMEDY}")
     return index
 
 
-def _npz(fields: dict[str, np.ndarray]) -> memoryview:
+def npz(fields: dict[str, np.ndarray]) -> memoryview:
     """An .npz archive; its members have checksums, and none can hold a pickle."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
@@ -215,7 +272,7 @@ def _npz(fields: dict[str, np.ndarray]) -> memoryview:
     return stream.getbuffer()
 
 
-def _arrays(trajectory: Trajectory) -> dict[str, np.ndarray]:
+def arrays_of(trajectory: Trajectory) -> dict[str, np.ndarray]:
     """The fields of one file."""
     named: dict[str, Any] = {"obs": trajectory.obs, "last_obs": trajectory.last_obs}
     for name in ("last_index", "action", "reward", *_FLAGS):
@@ -227,16 +284,17 @@ def _arrays(trajectory: Trajectory) -> dict[str, np.ndarray]:
     return fields | {"source": np.array(trajectory.source), "continues": np.array(trajectory.continues)}
 
 
-def _read_file(path: Path, meta: DemoMeta) -> Trajectory:
+def read_file(path: Path, meta: DemoMeta) -> Trajectory:
+    """The trajectory in a file. Raises DataError naming the file."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             fields = {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is listed in {_INDEX} and missing. Put it back, or remove its entry to go on without it."
+            f"{path} is listed in {INDEX} and missing. Put it back, or remove its entry to go on without it."
         ) from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is corrupt: {error}. Remove its entry from {_INDEX} to go on without it.") from error
+        raise DataError(f"{path} is corrupt: {error}. Remove its entry from {INDEX} to go on without it.") from error
     _check_fields(fields, meta, str(path))
     action = torch.from_numpy(fields["action"])
     obs, last_obs = (

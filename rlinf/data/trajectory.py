@@ -134,6 +134,59 @@ def split_by_env(trajectory: Trajectory, parts: int) -> list[Trajectory]:
     return [_of_envs(trajectory, first, end) for first, end in pairwise(bounds)]
 
 
+def select_envs(trajectory: Trajectory, envs: Tensor) -> Trajectory:
+    """The part of a segment that was played in the environments `envs`, int64 [K], ascending."""
+    place = torch.full((trajectory.num_envs,), -1, dtype=torch.int64)
+    place[envs] = torch.arange(len(envs))
+    rows = (place[trajectory.last_index[:, 1]] >= 0).nonzero().flatten()
+    last_index = trajectory.last_index[rows]
+    chosen = envs.tolist()
+
+    def columns(leaf: Any) -> Any:
+        return [[row[n] for n in chosen] for row in leaf] if isinstance(leaf, list) else leaf[:, envs]
+
+    return replace(
+        trajectory,
+        obs=tree.tree_map(columns, trajectory.obs),
+        last_obs=tree.index(trajectory.last_obs, rows),
+        last_index=torch.stack([last_index[:, 0], place[last_index[:, 1]]], 1),
+        decision=trajectory.decision[:, envs],
+        action=trajectory.action[:, envs],
+        reward=trajectory.reward[:, envs],
+        terminated=trajectory.terminated[:, envs],
+        truncated=trajectory.truncated[:, envs],
+        intervened=trajectory.intervened[:, envs],
+        valid=trajectory.valid[:, envs],
+        log_prob=None,
+        value=None,
+    )
+
+
+def select_rows(trajectory: Trajectory, rows: Tensor, end: int) -> Trajectory:
+    """The decisions `rows`, int64 [K], ascending, of the one episode of one environment that ends with row `end` - 1.
+
+    Raises ValueError for other trajectories.
+    """
+    ended = (trajectory.last_index[:, 0] == end - 1).nonzero().flatten()
+    if trajectory.num_envs != 1 or len(ended) != 1:
+        raise ValueError(f"{trajectory.num_envs} environments, of which {len(ended)} end an episode in row {end - 1}")
+    seen = torch.cat([rows, torch.tensor([end])])
+
+    def observed(leaf: Any) -> Any:
+        return [leaf[row] for row in seen.tolist()] if isinstance(leaf, list) else leaf[seen]
+
+    chosen = {name: getattr(trajectory, name)[rows] for name in BY_ENV}
+    return replace(
+        trajectory,
+        obs=tree.tree_map(observed, trajectory.obs),
+        last_obs=tree.index(trajectory.last_obs, ended),
+        last_index=torch.tensor([[len(rows) - 1, 0]]),
+        log_prob=None if trajectory.log_prob is None else trajectory.log_prob[rows],
+        value=None if trajectory.value is None else trajectory.value[rows],
+        **chosen,
+    )
+
+
 def _of_envs(trajectory: Trajectory, first: int, end: int) -> Trajectory:
     """The trajectory of environments `first` to `end` - 1."""
     ended = ((trajectory.last_index[:, 1] >= first) & (trajectory.last_index[:, 1] < end)).nonzero()[:, 0]

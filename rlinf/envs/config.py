@@ -10,9 +10,13 @@ from rlinf.core.config import Config
 
 
 class VideoConfig(Config):
-    """What is filmed while the policy is evaluated."""
+    """What is filmed."""
 
-    save_video: bool = Field(False, description="Write an mp4 of evaluations.")
+    save_video: bool = Field(
+        False,
+        description="Write an mp4 of evaluations. In env.train, for a robot cell alone: of its last episodes, as its "
+        "cameras show them, under videos/train/.",
+    )
     every: int = Field(
         1, ge=0, description="Film every n-th evaluation of a training run, and its last; 0 for the last alone."
     )

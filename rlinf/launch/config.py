@@ -276,7 +276,7 @@ def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
             "runner.val_check_interval: a robot cannot be evaluated while it learns; what it does meanwhile is counted "
             "(env/success_once). Write -1, and evaluate the finished run with `python -m rlinf eval RUN`",
         )
-    if root.env.train.video_cfg.save_video:
+    if root.env.train.video_cfg.save_video and not isinstance(root.env.train, RealWorldConfig):
         yield (
             "env.train.video_cfg.save_video",
             "env.train.video_cfg.save_video: only evaluation is filmed; write it under env.eval",

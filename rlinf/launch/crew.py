@@ -30,8 +30,9 @@ from rlinf.launch.build import (
     make_env,
 )
 from rlinf.launch.config import Root
-from rlinf.launch.film import CaptionedEnv
+from rlinf.launch.film import CaptionedEnv, film_last_episodes
 from rlinf.launch.machine import Neighbours, cores_for_training_envs, device_of, num_cores, num_learner_threads
+from rlinf.launch.provenance import run_directory
 from rlinf.launch.steering import learner_view
 from rlinf.runners.checkpoint import load_policy
 from rlinf.runners.crew import Crew
@@ -220,6 +221,9 @@ def _env_worker(
     seed = _seed_of_rank(derive_seed(config.runner.seed, f"env/{train.seed}"), rank)
     cores = cores_for_training_envs(config, layout.beside(layout.env[rank]))
     envs = _make_stages(config, train, rank, len(layout.env), seed, stages, render=False, cores=cores)
+    if train.video_cfg.save_video:
+        folder = run_directory(config) / "videos" / ("train" if rank == 0 else f"train_{rank}")
+        envs[0] = film_last_episodes(envs[0], folder, train.video_cfg.fps)
     return EnvWorker(
         rank,
         envs,

@@ -33,7 +33,7 @@ def play_run(
     if not (run / "config.yaml").is_file() and run.parent.name == "checkpoints":
         run_dir, checkpoint = run.parents[1], run
     if window:
-        _require_screen()
+        require_screen()
     overrides = [
         f"env.eval.total_num_envs={num_envs}",
         "env.eval.rollout_epoch=1",
@@ -98,7 +98,7 @@ def show(frames: np.ndarray, fps: float, *, title: str) -> None:
     del animation
 
 
-def _require_screen() -> None:
+def require_screen() -> None:
     """Raise MissingDependency, before anything is played, where matplotlib has no window to draw in."""
     import matplotlib.pyplot as plt
 

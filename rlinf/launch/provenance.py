@@ -22,6 +22,7 @@ import yaml
 
 import rlinf
 from rlinf.core.errors import ConfigError
+from rlinf.launch.config import Root
 
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
@@ -51,6 +52,11 @@ INCIDENTAL_KEYS = {
     "video_cfg",
     "storage_dir",
 }
+
+
+def run_directory(config: Root) -> Path:
+    """Where everything of a run goes: <log_path>/<experiment_name>."""
+    return Path(config.runner.logger.log_path).expanduser().resolve() / config.runner.logger.experiment_name
 
 
 def prepare_run_dir(run_dir: Path) -> None:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rlinf.core import tree
 from rlinf.core.errors import ConfigError, DataError
 from rlinf.core.protocols import VectorEnv
 from rlinf.core.seeding import derive_seed
-from rlinf.core.types import Trajectory
-from rlinf.data.demos import DemoMeta, check_demos, read_demos, write_demos
-from rlinf.data.trajectory import TrajectoryBuilder
+from rlinf.core.types import EnvSpaces, EnvStep, Trajectory
+from rlinf.data.demos import DemoMeta, check_demos, meta_of, read_index, write_demos
+from rlinf.data.trajectory import TrajectoryBuilder, select_envs
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.frankasim.config import FrankaSimConfig
 from rlinf.envs.libero.config import LiberoConfig
@@ -106,28 +104,33 @@ def record_demos(
     note: Callable[[str], None],
 ) -> DemoMeta:
     """`record` of a demonstrator in an environment that was made from `section`, without auto-reset."""
-    meta = DemoMeta(
-        env_id=task_of(section),
-        control_mode=control_mode_of(section, policy_setup) or "",
-        action_dim=env.spaces.action_dim,
-        obs_shapes=env.spaces.obs_shapes,
-        obs_dtypes=env.spaces.obs_dtypes,
-        recorded_by=expert.about,
-    )
-    store = _Demos(Path(output), meta, env, note)
+    meta = describe(section, env.spaces, policy_setup, expert.about)
+    store = DemoStore(Path(output), meta, env, note)
     chunks = section.max_episode_steps // num_action_chunks
     record_into(store, env, expert, episodes, chunks, seed, only_successes, note)
     return store.totals
 
 
-class _Demos:
+def describe(section: EnvConfig, spaces: EnvSpaces, policy_setup: str | None, recorded_by: str) -> DemoMeta:
+    """What demonstrations in an environment that was made from `section` are."""
+    return DemoMeta(
+        env_id=task_of(section),
+        control_mode=control_mode_of(section, policy_setup) or "",
+        action_dim=spaces.action_dim,
+        obs_shapes=spaces.obs_shapes,
+        obs_dtypes=spaces.obs_dtypes,
+        recorded_by=recorded_by,
+    )
+
+
+class DemoStore:
     """A folder of demonstrations as a `Store`."""
 
     def __init__(self, output: Path, meta: DemoMeta, env: VectorEnv, note: Callable[[str], None]) -> None:
         self._output, self._meta = output, meta
         self.totals = meta
         if output.is_dir() and any(output.iterdir()):
-            self.totals = read_demos(str(output))[1]
+            self.totals = meta_of(read_index(output))
             check_demos(self.totals, env.spaces, meta.control_mode)
             note(f"{output} holds {self.totals.num_episodes} episodes already")
 
@@ -138,9 +141,8 @@ class _Demos:
 
     def add(self, trajectory: Trajectory, success: Tensor) -> str:
         """As `Store.add`."""
-        self.totals = write_demos(
-            str(self._output), [trajectory], replace(self._meta, num_successes=int(success.sum()))
-        )
+        flags = [bool(success[env]) for _, env in trajectory.last_index.tolist()]
+        self.totals = write_demos(str(self._output), [trajectory], self._meta, [flags])
         return f"{self.totals.num_transitions} transitions"
 
 
@@ -246,8 +248,14 @@ def record_into(
         note(f"{store.num_episodes}/{episodes} episodes, {there}; success {share:.0%}")
 
 
-def play(env: VectorEnv, expert: Demonstrator, seed: int, chunks: int) -> tuple[Trajectory, Tensor]:
-    """One episode in every environment, and whether it was a success, bool [N]."""
+def play(
+    env: VectorEnv,
+    expert: Demonstrator,
+    seed: int,
+    chunks: int,
+    watch: Callable[[EnvStep], None] = lambda step: None,
+) -> tuple[Trajectory, Tensor]:
+    """One episode in every environment, and whether it was a success, bool [N]. `watch` is shown every step."""
     builder = TrajectoryBuilder((0, 0), auto_reset=False)
     obs = env.reset(seed=env_seed(seed))
     builder.start(obs, continues=False)
@@ -257,6 +265,7 @@ def play(env: VectorEnv, expert: Demonstrator, seed: int, chunks: int) -> tuple[
         out = expert.act(obs)
         step = env.step(out.action)
         builder.append(obs, out, step)
+        watch(step)
         done = step.done.cpu() & playing
         success |= done & step.info["episode/success_once"].cpu()
         playing &= ~done
@@ -264,34 +273,6 @@ def play(env: VectorEnv, expert: Demonstrator, seed: int, chunks: int) -> tuple[
         if not bool(playing.any()):
             break
     return builder.build(), success
-
-
-def select_envs(trajectory: Trajectory, envs: Tensor) -> Trajectory:
-    """The part of a segment that was played in the environments `envs`, int64 [K], ascending."""
-    place = torch.full((trajectory.num_envs,), -1, dtype=torch.int64)
-    place[envs] = torch.arange(len(envs))
-    rows = (place[trajectory.last_index[:, 1]] >= 0).nonzero().flatten()
-    last_index = trajectory.last_index[rows]
-    chosen = envs.tolist()
-
-    def columns(leaf: Any) -> Any:
-        return [[row[n] for n in chosen] for row in leaf] if isinstance(leaf, list) else leaf[:, envs]
-
-    return replace(
-        trajectory,
-        obs=tree.tree_map(columns, trajectory.obs),
-        last_obs=tree.index(trajectory.last_obs, rows),
-        last_index=torch.stack([last_index[:, 0], place[last_index[:, 1]]], 1),
-        decision=trajectory.decision[:, envs],
-        action=trajectory.action[:, envs],
-        reward=trajectory.reward[:, envs],
-        terminated=trajectory.terminated[:, envs],
-        truncated=trajectory.truncated[:, envs],
-        intervened=trajectory.intervened[:, envs],
-        valid=trajectory.valid[:, envs],
-        log_prob=None,
-        value=None,
-    )
 
 
 def task_of(env: EnvConfig) -> str:

@@ -6,6 +6,7 @@
     action                         what was executed
     next.reward, next.done         of the step that the action made
     next.success                   true in the last frame of an episode in which the task was solved
+    intervention                   a person acted (recordings with a person alone)
 
 A frame is one environment step; chunks of a policy are played action by action. The text of the task is the one that
 the environment gives, or the one that is asked for.
@@ -29,6 +30,7 @@ from rlinf.data.lerobot.layout import Feature
 from rlinf.data.lerobot.writer import LeRobotWriter
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
+from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.launch.build import control_mode_of
 from rlinf.launch.config import Root
 from rlinf.launch.demonstrators import Demonstrator, StepByStep
@@ -43,6 +45,7 @@ TASK_TEXTS = {
     "reach": "Move the point onto the target.",
 }
 """What a policy is told where the environment gives no instruction."""
+INTERVENTION = "intervention"
 STEPS_PER_S = {"frankasim": 50, "libero": 20}
 
 
@@ -121,25 +124,39 @@ def record_episodes(
     note: Callable[[str], None],
 ) -> Recorded:
     """`record_dataset` of a demonstrator in an environment that was made from `section`, without auto-reset."""
-    writer = LeRobotWriter(
-        output,
-        fps=frames_per_second(section, options.fps),
-        features=features_of(env.spaces, options.pictures),
-        robot_type=options.robot_type,
-        notes={"env_id": task_of(section), "control_mode": control_mode_of(section, policy_setup) or ""},
-        codec=options.codec,
-        commit_every=0,
-    )
-    with writer:
+    rate = frames_per_second(section, options.fps)
+    with open_dataset(output, section, env.spaces, options, rate, policy_setup) as writer:
         if writer.num_episodes:
             note(f"{output} holds {writer.num_episodes} episodes already")
-        store = _Dataset(writer, options.task, task_of(section))
+        store = DatasetStore(writer, options.task, task_of(section))
         steps = section.max_episode_steps
         record_into(store, env, StepByStep(player), episodes, steps, seed, only_successes, note)
     return Recorded(writer.info.total_episodes, writer.info.total_frames)
 
 
-class _Dataset:
+def open_dataset(
+    output: str | Path,
+    section: EnvConfig,
+    spaces: EnvSpaces,
+    options: DatasetOptions,
+    rate: int,
+    policy_setup: str | None,
+    *,
+    interventions: bool = False,
+) -> LeRobotWriter:
+    """A writer for episodes of an environment that was made from `section`; it commits when it is told to."""
+    return LeRobotWriter(
+        output,
+        fps=rate,
+        features=features_of(spaces, options.pictures, interventions=interventions),
+        robot_type=options.robot_type,
+        notes={"env_id": task_of(section), "control_mode": control_mode_of(section, policy_setup) or ""},
+        codec=options.codec,
+        commit_every=0,
+    )
+
+
+class DatasetStore:
     """A data set as a `record.Store`; every round is one commit."""
 
     def __init__(self, writer: LeRobotWriter, task: str | None, env_task: str) -> None:
@@ -154,14 +171,18 @@ class _Dataset:
         """As `Store.add`."""
         for env_index in range(trajectory.num_envs):
             data, instruction = episode_of(trajectory, env_index, bool(success[env_index]))
+            if INTERVENTION in self._writer.info.features:
+                data[INTERVENTION] = trajectory.intervened[: len(data["action"]), env_index, 0].cpu().numpy()
             self._writer.add_episode(data, task_text(self._task, instruction, self._env_task))
         self._writer.commit()
         return f"{self._writer.info.total_frames} frames"
 
 
-def features_of(spaces: EnvSpaces, pictures: Literal["image", "video"]) -> dict[str, Feature]:
-    """The features of the frames of an environment."""
-    features = {}
+def features_of(
+    spaces: EnvSpaces, pictures: Literal["image", "video"], *, interventions: bool = False
+) -> dict[str, Feature]:
+    """The features of the frames of an environment; with `interventions` also whether a person acted."""
+    features: dict[str, Feature] = {INTERVENTION: Feature("bool", (1,))} if interventions else {}
     for path, shape in spaces.obs_shapes.items():
         kind = spaces.obs_dtypes[path]
         if kind == "str":
@@ -220,8 +241,15 @@ def frames_per_second(env: EnvConfig, asked_for: int | None) -> int:
     """Frames per second of a recording. Raises ConfigError where neither the environment nor the user says."""
     if asked_for is not None:
         return asked_for
+    if (rate := control_rate(env)) is not None:
+        return rate
+    raise ConfigError(f"{env.env_type} has no rate of control: say how many frames a second has with --fps N")
+
+
+def control_rate(env: EnvConfig) -> int | None:
+    """Environment steps per second; None where there is no such thing."""
     if isinstance(env, ManiSkillConfig):
         return env.init_params.sim_config.control_freq
-    if env.env_type in STEPS_PER_S:
-        return STEPS_PER_S[env.env_type]
-    raise ConfigError(f"{env.env_type} has no rate of control: say how many frames a second has with --fps N")
+    if isinstance(env, RealWorldConfig):
+        return max(1, round(env.override_cfg.step_frequency))
+    return STEPS_PER_S.get(env.env_type)

@@ -19,6 +19,7 @@ from rlinf.envs.realworld.config import RealWorldConfig, check_said
 from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.build import describe_replay
 from rlinf.launch.config import Root, updates_per_step
+from rlinf.launch.controls import operator_keys
 from rlinf.launch.crew import Layout, build_crew, build_evaluator, spaces_of
 from rlinf.launch.decoders import remark_on_decoder
 from rlinf.launch.demonstrations import describe_batches
@@ -34,7 +35,7 @@ from rlinf.launch.parameters import describe_parameters
 from rlinf.launch.parse import load_config
 from rlinf.launch.prerequisites import check_pi0, make_missing_decoder, record_missing_demos
 from rlinf.launch.processes import Venue, open_runtime, open_venue
-from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, write_provenance
+from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, run_directory, write_provenance
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
 from rlinf.metrics.report import Reporter
 from rlinf.metrics.video import write_video
@@ -87,6 +88,7 @@ def _train_at(venue: Venue, config: Root, run_dir: Path, checkpoint: Path | None
             resume_step=resume_step,
             video_dir=video_directory(config, run_dir),
         ) as reporter,
+        operator_keys(config, reporter),
         open_runtime(config, venue, reporter.note) as (runtime, layout),
     ):
         reporter.note(describe(config, layout))
@@ -166,11 +168,6 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Root:
         raise ConfigError(f"{run_dir} holds no {CONFIG_FILE}; name a run directory, <log_path>/<experiment_name>")
     # How it was started, and over which processes, says nothing about what is evaluated now, and where.
     return load_config("config", [*AS_STARTED, *overrides], run_dir)
-
-
-def run_directory(config: Root) -> Path:
-    """Where everything of a run goes: <log_path>/<experiment_name>."""
-    return Path(config.runner.logger.log_path).expanduser().resolve() / config.runner.logger.experiment_name
 
 
 def video_directory(config: Root, run_dir: Path) -> Path:

@@ -124,6 +124,11 @@ class Reporter:
         with self._lock:
             self._guard("terminal", partial(self._view.note, text))
 
+    def keys(self, text: str) -> None:
+        """Show the person at the terminal which keys do what; empty: none do."""
+        with self._lock:
+            self._guard("terminal", partial(self._view.keys, text))
+
     def video(self, name: str, frames: np.ndarray, fps: float) -> None:
         """Write `<video_dir>/<name>.mp4` from uint8 [T, height, width, 3]."""
         from rlinf.metrics.video import write_video

@@ -18,6 +18,9 @@ RATE_WINDOW_S = 120.0
 REFRESH_PER_S = 2.0
 PLAIN_INTERVAL_S = 10.0
 NO_VALUE = "-"
+RECENT_EPISODES = 20
+CELL_TAG = "env/jitter_p99_ms"
+"""Who reports this is a robot cell, whose operator wants to see more."""
 
 
 class View(Protocol):
@@ -31,6 +34,10 @@ class View(Protocol):
 
     def note(self, text: str) -> None:
         """Show one message, at once; also after `close`."""
+        ...
+
+    def keys(self, text: str) -> None:
+        """Show from now on which keys do what; empty: none do."""
         ...
 
     def close(self) -> None:
@@ -47,12 +54,18 @@ class Progress:
         self.elapsed_s = 0.0
         self.latest: dict[str, float] = {}
         self._marks: deque[tuple[float, int]] = deque()
+        self._recent: deque[tuple[float, int]] = deque()  # mean success of so many episodes
+        self.keys = ""
 
     def update(self, step: int, metrics: Mapping[str, float], elapsed_s: float) -> None:
         """Take in the metrics of `step`; tags that are absent keep their last value."""
         self.step = step
         self.elapsed_s = elapsed_s
         self.latest.update(metrics)
+        if (number := int(metrics.get("env/num_episodes", 0))) > 0:
+            self._recent.append((metrics.get("env/success_once", 0.0), number))
+            while sum(count for _, count in self._recent) - self._recent[0][1] >= RECENT_EPISODES:
+                self._recent.popleft()
         self._marks.append((elapsed_s, step))
         while len(self._marks) > 2 and self._marks[1][0] < elapsed_s - RATE_WINDOW_S:
             self._marks.popleft()
@@ -84,6 +97,27 @@ class Progress:
         ]
         pairs += [(tag.rsplit("/", 1)[1].replace("_", " "), self._text(tag)) for tag in losses[:4]]
         return pairs + [("", "")] * (12 - len(pairs))
+
+    def cell_fields(self) -> list[tuple[str, str]]:
+        """(label, value) pairs for the operator of a robot cell; none where there is no cell."""
+        if CELL_TAG not in self.latest:
+            return []
+        number = sum(count for _, count in self._recent)
+        solved = sum(success * count for success, count in self._recent)
+        return [
+            (f"success of {number}", f"{solved / number:.2f}" if number else NO_VALUE),
+            ("by hand", self._text("env/interventions", ".1f")),
+            ("force max N", self._text("env/force_max_n", ".1f")),
+            ("jitter p99 ms", self._text(CELL_TAG, ".1f")),
+            ("missed", self._text("env/missed_deadlines", ".1f")),
+            ("queue", self._text("time/waiting_segments", ".0f")),
+            ("gate limited", self._text("env/gate_limited", ".1f")),
+            ("gate refused", self._text("env/gate_refused", ".1f")),
+            ("stops", self._text("env/stops", ".1f")),
+            ("weights", self._text("time/weights_version", ",.0f")),
+            ("replay", self._text("train/replay_buffer/size", ",.0f")),
+            ("demos", self._text("train/demo_buffer/size", ",.0f")),
+        ]
 
     def _text(self, tag: str, form: str | None = None) -> str:
         value = self.latest.get(tag)
@@ -131,6 +165,11 @@ class LiveView:
             self._message = text
         self._console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
 
+    def keys(self, text: str) -> None:
+        """As `View.keys`."""
+        with self._lock:
+            self._progress.keys = text
+
     def close(self) -> None:
         """Draw the last state and leave it standing."""
         self._live.stop()
@@ -164,17 +203,9 @@ def draw_panel(
     head.add_row(bar, f"step {progress.step:,} of {progress.total_steps:,}  {progress.fraction():4.0%}")
 
     columns = 3 if width >= 76 else 2 if width >= 52 else 1
-    body = Table.grid(expand=True, padding=(0, 1))
-    for _ in range(columns):
-        body.add_column(style="dim", no_wrap=True)
-        body.add_column(justify="right", no_wrap=True, ratio=1)
-    fields = progress.fields()
-    for row in range(0, len(fields), columns):
-        cells: list[str] = []
-        for label, value in fields[row : row + columns]:
-            cells += ["  " + label if cells and label else label, value]
-        if any(cells):
-            body.add_row(*cells)
+    body: list[RenderableType] = [_grid(progress.fields(), columns), Text("")]
+    if cell := progress.cell_fields():
+        body += [_grid(cell, columns), Text("")]
 
     times = f"elapsed {clock(progress.elapsed_s + since_s)}"
     if progress.step < progress.total_steps:
@@ -183,12 +214,31 @@ def draw_panel(
     if env_steps is not None:
         times += f"   env steps {env_steps:,.0f}"
     lines = [Text(times), Text(f"run {_short_path(run_dir)}", style="dim")]
+    if progress.keys:
+        lines.append(Text(progress.keys, style="bold"))
     if message:
         lines.append(Text(" ".join(message.split()), style="italic"))
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
-    content = Group(head, Text(""), body, Text(""), *lines)
+    content = Group(head, Text(""), *body, *lines)
     return Panel(content, title=title, title_align="left", border_style="cyan", width=min(width, 100))
+
+
+def _grid(fields: list[tuple[str, str]], columns: int) -> RenderableType:
+    """(label, value) pairs, row by row."""
+    from rich.table import Table
+
+    grid = Table.grid(expand=True, padding=(0, 1))
+    for _ in range(columns):
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(justify="right", no_wrap=True, ratio=1)
+    for row in range(0, len(fields), columns):
+        cells: list[str] = []
+        for label, value in fields[row : row + columns]:
+            cells += ["  " + label if cells and label else label, value]
+        if any(cells):
+            grid.add_row(*cells)
+    return grid
 
 
 class PlainView:
@@ -224,6 +274,11 @@ class PlainView:
         """Print the message with the time of day."""
         self._print(f"[{time.strftime('%H:%M:%S')}] {text}")
 
+    def keys(self, text: str) -> None:
+        """As `View.keys`."""
+        if text:
+            self._print(f"keys: {text}")
+
     def close(self) -> None:
         """Print the last step if it was not printed."""
         if self._progress.step != self._printed_step:
@@ -243,6 +298,16 @@ class PlainView:
             f"alpha {value['alpha']:>7}",
             f"{clock(progress.elapsed_s):>7} left {NO_VALUE if left_s is None else clock(left_s):>7}",
         ]
+        if cell := dict(progress.cell_fields()):
+            [solved] = [f"{label} {text}" for label, text in cell.items() if label.startswith("success of ")]
+            parts += [
+                solved,
+                f"by hand {cell['by hand']}",
+                f"force {cell['force max N']} N",
+                f"jitter p99 {cell['jitter p99 ms']} ms, missed {cell['missed']}",
+                f"refused {cell['gate refused']}, stops {cell['stops']}",
+                f"queue {cell['queue']}, weights {cell['weights']}",
+            ]
         self._print(" | ".join(parts))
 
     def _print(self, line: str) -> None:

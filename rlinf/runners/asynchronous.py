@@ -87,6 +87,7 @@ class Asynchronous:
                 evaluation |= self._last_evaluation(step) if last else self._begin_evaluation(step)
         speeds = rates(before, after, run.times["step"], updating.seconds)
         speeds["env_steps_per_s"] = self._env_rate(after.env_steps)
+        speeds |= {"waiting_segments": float(self._waiting), "weights_version": float(run.published)}
         run.log(step, episodes=self._ended_episodes(), evaluation=evaluation, learned=learned, rates=speeds)
 
     def settle(self) -> None:

@@ -97,6 +97,70 @@ def test_live_view_leaves_messages_above_and_the_last_state_below(tmp_path):
     assert text.rindex("finished") > text.rindex("\x1b[?25h")  # when the cursor is visible again
 
 
+CELL = {
+    "env/num_episodes": 4.0,
+    "env/success_once": 0.75,
+    "env/interventions": 12.5,
+    "env/force_max_n": 8.25,
+    "env/jitter_p99_ms": 3.14,
+    "env/missed_deadlines": 0.5,
+    "env/gate_limited": 7.0,
+    "env/gate_refused": 0.25,
+    "env/stops": 0.125,
+    "time/waiting_segments": 1.0,
+    "time/weights_version": 12_345.0,
+    "train/replay_buffer/size": 2_468.0,
+    "train/demo_buffer/size": 987.0,
+}
+
+
+def test_the_operator_of_a_cell_sees_more():
+    lines = panel_lines(80, METRICS | CELL)
+    text = "\n".join(lines)
+    parts = (
+        *("success of", "0.75", "by hand", "12.5", "force max N", "8.2", "jitter p99 ms", "3.1", "missed"),
+        *("gate limited", "7.0", "gate refused", "stops", "queue", "weights", "12,345", "2,468", "987"),
+    )
+    for part in parts:
+        assert part in text, part
+    assert len(lines) <= 20 and "…" not in text
+    assert "jitter" not in "\n".join(panel_lines(80))
+    for width in (24, 40, 60):
+        assert max(map(len, panel_lines(width, METRICS | CELL))) <= width
+
+
+def test_success_is_that_of_the_last_twenty_episodes():
+    progress = Progress(total_steps=100)
+    assert progress.cell_fields() == []
+    for step in range(1, 11):  # ten steps of four episodes each; the first five of them without success
+        progress.update(step, CELL | {"env/success_once": float(step > 5)}, float(step))
+    assert progress.cell_fields()[0] == ("success of 20", "1.00")
+    progress.update(11, CELL | {"env/success_once": 0.0}, 11.0)
+    assert progress.cell_fields()[0] == ("success of 20", "0.80")
+    progress.update(12, {"env/jitter_p99_ms": 1.0}, 12.0)  # no episode ended
+    assert progress.cell_fields()[0] == ("success of 20", "0.80")
+
+
+def test_keys_are_named_where_they_work(tmp_path):
+    console = Console(file=io.StringIO(), width=80, height=30, force_terminal=True, color_system=None)
+    live = LiveView("cell", tmp_path, 10, console=console)
+    live.keys("Space stop")
+    live.log(1, CELL, 1.0)
+    live.close()
+    assert "Space stop" in console.file.getvalue()
+    stream = io.StringIO()
+    plain = PlainView("cell", tmp_path, 10, stream=stream, interval_s=0.0)
+    plain.keys("")
+    plain.keys("Space stop")
+    plain.log(1, CELL, 1.0)
+    lines = stream.getvalue().splitlines()[1:]
+    assert lines[0] == "keys: Space stop"
+    assert lines[1].endswith(
+        "success of 4 0.75 | by hand 12.5 | force 8.2 N | jitter p99 3.1 ms, missed 0.5 | refused 0.2, stops 0.1 | "
+        "queue 1, weights 12,345"
+    )
+
+
 def test_plain_view_prints_first_evaluated_and_last_steps_and_one_in_between(tmp_path):
     stream = io.StringIO()
     plain = PlainView("reach", tmp_path, 50, stream=stream, interval_s=10.0)

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import rlinf
 from rlinf.core.errors import ConfigError, RlinfError
-from rlinf.launch.cli.options import add_recording_options, add_robot_server_options
+from rlinf.launch.cli.options import (
+    add_collection_options,
+    add_demos_options,
+    add_recording_options,
+    add_robot_server_options,
+)
 
 CONFIG_DIR, SFT_CONFIG_DIR = "examples/embodiment/config", "examples/sft/config"
 USER_ERROR = 2
@@ -88,6 +93,17 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the recipe")
     add_recording_options(record)
     record.add_argument("--dir", type=Path, metavar="DIR", help=f"folder of the recipes (default: {CONFIG_DIR})")
+
+    collect = commands.add_parser(
+        "collect", allow_abbrev=False, help="record what a person does with the robot of a recipe"
+    )
+    collect.add_argument("config", metavar="RECIPE", help="name of the recipe whose environment is played")
+    collect.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the recipe")
+    add_collection_options(collect)
+    collect.add_argument("--dir", type=Path, metavar="DIR", help=f"folder of the recipes (default: {CONFIG_DIR})")
+
+    demos = commands.add_parser("demos", help="list, film, check, delete or import recorded episodes")
+    add_demos_options(demos)
 
     dataset = commands.add_parser("dataset", help="what a LeRobot data set holds, and whether it is whole")
     actions = dataset.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -209,6 +225,25 @@ def run_record(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def run_collect(chosen: argparse.Namespace) -> int:
+    """Record what a person does; what is there already is continued."""
+    from rlinf.launch.cli.collect import run
+
+    try:
+        run(chosen, chosen.config, chosen.dir or find_config_dir())
+    except KeyboardInterrupt:
+        print("interrupted; what was recorded is kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_demos(chosen: argparse.Namespace) -> int:
+    """List recorded episodes, or do with them what is asked for; 1 when the check finds something."""
+    from rlinf.launch.cli.demos import run
+
+    return run(chosen)
+
+
 def run_dataset(chosen: argparse.Namespace) -> int:
     """Print what a data set holds; 1 when the check finds something."""
     from rlinf.launch.cli.dataset import show
@@ -256,6 +291,8 @@ COMMANDS = {
     "eval": run_eval,
     "play": run_play,
     "record": run_record,
+    "collect": run_collect,
+    "demos": run_demos,
     "dataset": run_dataset,
     "norm_stats": run_norm_stats,
     "robot_server": run_robot_server,

@@ -21,7 +21,53 @@ def add_recording_options(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("demos", "lerobot"), default="demos",
         help="demos, for algorithm.demo_buffer; lerobot, a LeRobot data set of v3.0 (demos)",
     )  # fmt: skip
-    lerobot = parser.add_argument_group("only with --format lerobot")
+    _add_lerobot_options(parser.add_argument_group("only with --format lerobot"))
+
+
+def add_collection_options(parser: argparse.ArgumentParser) -> None:
+    """How a person's demonstrations are recorded."""
+    parser.add_argument(
+        "--operator", choices=("spacemouse", "keyboard", "gamepad", "scripted"),
+        help="whose hands: a device, or the task's scripted expert (default: what env.train.teleop says)",
+    )  # fmt: skip
+    parser.add_argument("--episodes", type=int, default=20, metavar="N", help="that the folder is to hold (20)")
+    parser.add_argument(
+        "--format", choices=("demos", "lerobot", "both"), default="demos",
+        help="demos, for algorithm.demo_buffer; lerobot, a LeRobot data set of v3.0; both, in one pass (demos)",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="DIR", help="folder (default: demos: where the recipe looks for them; "
+                        "lerobot: datasets/RECIPE). With both: their parent, DIR/demos and DIR/lerobot")  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="keep episodes without success, too")
+    parser.add_argument(
+        "--keep-idle", type=int, default=5, metavar="N", help="steps that stay of the waiting at the end (5)"
+    )
+    parser.add_argument("--checkpoint", metavar="RUN", help="this policy acts, and the person takes over where needed")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="STD", help="of the scripted operator (0)")
+    _add_lerobot_options(parser.add_argument_group("only with --format lerobot or both"))
+
+
+def add_demos_options(parser: argparse.ArgumentParser) -> None:
+    """What is done with a folder of demonstrations."""
+    parser.add_argument("folder", metavar="FOLDER", help="demonstrations or a LeRobot data set; or the word `import`")
+    parser.add_argument("source", nargs="?", metavar="PATH", help="after `import`: RLinf's demo folder, or its parent")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--show", type=int, metavar="N", help="film episode N")
+    what.add_argument("--delete", type=int, nargs="+", metavar="N", help="take these episodes out, for ever")
+    what.add_argument("--check", action="store_true", help="read everything, and say what is damaged")
+    parser.add_argument("--fps", type=float, metavar="N", help="of the film (10, or the data set's)")
+    parser.add_argument("--window", action="store_true", help="with --show: show the film in a window, too")
+    parser.add_argument(
+        "-o", "--output", metavar="PATH", help="the film (default: FOLDER-episode-N.mp4 here); the folder to import to"
+    )
+    parser.add_argument("--task", metavar="ID", help="with import: name of the task, kept in the folder")
+    parser.add_argument("--control-mode", default="", metavar="NAME", help="with import: what an action means")
+    parser.add_argument(
+        "--camera", default="wrist_1", metavar="NAME", help="with import: the camera of main_images (wrist_1)"
+    )
+    parser.add_argument("--instruction", metavar="TEXT", help="with import: what the robot was told, if that is shown")
+
+
+def _add_lerobot_options(lerobot: argparse._ArgumentGroup) -> None:
     lerobot.add_argument("--fps", type=int, metavar="N", help="frames per second (default: the environment's rate)")
     lerobot.add_argument("--pictures", choices=("video", "image"), help="how cameras are stored (video)")
     lerobot.add_argument("--codec", choices=("h264", "av1"), help="of videos; av1 is smaller and slower (h264)")

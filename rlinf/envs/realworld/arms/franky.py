@@ -18,6 +18,10 @@ from rlinf.envs.realworld import frames
 from rlinf.envs.realworld.arm import NUM_JOINTS, ArmError, ArmState, Compliance
 
 INSTALL_COMMAND = "pip install franky-control"
+REMEDY = (
+    f"run `{INSTALL_COMMAND}`, or in the repository "
+    "`bash requirements/install.sh embodied --env realworld --hardware franky`"
+)
 RESET_RAD = (0.0, 0.0, 0.0, -1.9, 0.0, 2.0, 0.0)
 """SERL's joints of a reset."""
 HAND_WIDTH_M, HAND_SPEED, GRASP_FORCE_N = 0.08, 0.1, 40.0
@@ -293,5 +297,5 @@ def _import_franky() -> Any:
     try:
         import franky
     except ImportError as error:
-        raise MissingDependency(f"franky cannot be imported ({error}); run `{INSTALL_COMMAND}`") from error
+        raise MissingDependency(f"franky cannot be imported ({error}); {REMEDY}") from error
     return franky

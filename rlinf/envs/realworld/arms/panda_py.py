@@ -18,6 +18,10 @@ from rlinf.envs.realworld import frames
 from rlinf.envs.realworld.arm import NUM_JOINTS, ArmError, ArmState, Compliance
 
 INSTALL_COMMAND = "pip install panda-python"
+REMEDY = (
+    f"run `{INSTALL_COMMAND}`, or in the repository "
+    "`bash requirements/install.sh embodied --env realworld --hardware panda`"
+)
 RESET_RAD = (0.0, 0.0, 0.0, -1.9, 0.0, 2.0, 0.0)
 HAND_WIDTH_M, HAND_SPEED, GRASP_FORCE_N = 0.08, 0.1, 40.0
 NULL_STIFFNESS = 0.5
@@ -210,5 +214,5 @@ def _import_panda_py() -> Any:
     try:
         import panda_py
     except ImportError as error:
-        raise MissingDependency(f"panda-py cannot be imported ({error}); run `{INSTALL_COMMAND}`") from error
+        raise MissingDependency(f"panda-py cannot be imported ({error}); {REMEDY}") from error
     return panda_py

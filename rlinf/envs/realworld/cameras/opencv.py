@@ -11,6 +11,10 @@ from rlinf.core.errors import MissingDependency
 from rlinf.envs.realworld.cameras.camera import CameraError
 
 INSTALL_COMMAND = "pip install opencv-python-headless"
+REMEDY = (
+    f"run `{INSTALL_COMMAND}`, or in the repository "
+    "`bash requirements/install.sh embodied --env realworld --hardware usbcam`"
+)
 TIMEOUT_MS = 1000
 
 
@@ -34,7 +38,7 @@ class OpencvSource:
         try:
             import cv2
         except ImportError as error:
-            raise MissingDependency(f"OpenCV cannot be imported ({error}); run `{INSTALL_COMMAND}`") from error
+            raise MissingDependency(f"OpenCV cannot be imported ({error}); {REMEDY}") from error
         self._cv2 = cv2
         is_device = self._device.isdigit() or self._device.startswith("/dev/")
         place: Any = int(self._device) if self._device.isdigit() else self._device

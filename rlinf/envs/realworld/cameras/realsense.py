@@ -10,6 +10,10 @@ from rlinf.core.errors import MissingDependency
 from rlinf.envs.realworld.cameras.camera import CameraError
 
 INSTALL_COMMAND = "pip install pyrealsense2"
+REMEDY = (
+    f"run `{INSTALL_COMMAND}` and `apt-get install libusb-1.0-0`, or in the repository "
+    "`bash requirements/install.sh embodied --env realworld --hardware realsense`"
+)
 TIMEOUT_MS = 1000
 
 
@@ -30,9 +34,7 @@ class RealsenseSource:
         try:
             import pyrealsense2
         except ImportError as error:  # the wheel needs the system's libusb-1.0
-            raise MissingDependency(
-                f"pyrealsense2 cannot be imported ({error}); run `{INSTALL_COMMAND}` and `apt-get install libusb-1.0-0`"
-            ) from error
+            raise MissingDependency(f"pyrealsense2 cannot be imported ({error}); {REMEDY}") from error
         config, pipeline = pyrealsense2.config(), pyrealsense2.pipeline()
         if self._serial:
             config.enable_device(self._serial)

@@ -23,6 +23,10 @@ from rlinf.core.errors import MissingDependency
 from rlinf.envs.realworld.teleop.operator import Command, TeleopError
 
 INSTALL_COMMAND = "pip install hidapi"
+REMEDY = (
+    f"run `{INSTALL_COMMAND}`, or in the repository "
+    "`bash requirements/install.sh embodied --env realworld --hardware spacemouse`"
+)
 VENDORS = (0x256F, 0x046D)
 """3Dconnexion, and Logitech, under whose number the older ones came."""
 LOGITECH_PRODUCTS = (0xC625, 0xC626, 0xC627, 0xC628, 0xC629, 0xC62B)
@@ -138,7 +142,7 @@ def open_device() -> Any:
     try:
         import hid
     except ImportError as error:
-        raise MissingDependency(f"hidapi cannot be imported ({error}); run `{INSTALL_COMMAND}`") from error
+        raise MissingDependency(f"hidapi cannot be imported ({error}); {REMEDY}") from error
     found = [
         entry
         for vendor in VENDORS
