@@ -98,7 +98,7 @@ class DemoBufferConfig(Config):
 
     load_path: str = Field(description="Folder with demonstrations, as record_demos.sh writes them.")
     scripted_episodes: NonNegativeInt = Field(
-        0, description="Where the folder is missing, so many of the task's scripted expert are recorded first."
+        0, description="The task's scripted expert records until the folder holds so many; 0: take it as it is."
     )
     scripted_noise: float = Field(0.1, ge=0, description="Standard deviation of the noise on that expert's actions.")
     capacity: PositiveInt | None = Field(

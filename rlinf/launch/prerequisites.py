@@ -6,6 +6,7 @@ from pathlib import Path
 
 import rlinf
 from rlinf.core.errors import ConfigError
+from rlinf.data.demos import meta_of, read_index
 from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.config import Root
 from rlinf.launch.decoders import named_decoder
@@ -59,17 +60,20 @@ def check_pi0(config: Root) -> None:
 
 
 def record_missing_demos(config: Root) -> None:
-    """Record the demonstrations that a recipe wants of its task's scripted expert, unless their folder is there.
+    """Let the task's scripted expert record what a recipe's demonstrations lack of `scripted_episodes`.
 
     Raises ConfigError, DataError as `record` does.
     """
     demo = config.algorithm.demo_buffer if isinstance(config.algorithm, SacConfig) else None
-    if demo is None or not demo.scripted_episodes or Path(demo.load_path).expanduser().exists():
+    if demo is None or not demo.scripted_episodes:
+        return
+    folder, episodes = Path(demo.load_path).expanduser(), demo.scripted_episodes
+    there = meta_of(read_index(folder)).num_episodes if folder.exists() else 0
+    if there >= episodes:
         return
     from rlinf.launch.record import record
 
-    print(f"there are no demonstrations in {demo.load_path} yet; the scripted expert records them first", flush=True)
-    folder, episodes = Path(demo.load_path).expanduser(), demo.scripted_episodes
+    print(f"{demo.load_path} holds {there} of {episodes} demonstrations; the scripted expert records the rest first")
     record(config, folder, episodes=episodes, noise_std=demo.scripted_noise, note=lambda line: print(line, flush=True))
 
 

@@ -20,7 +20,7 @@ from rlinf.envs.realworld.arm import Compliance
 from rlinf.envs.realworld.safety import SafetyLimits
 
 Driver = Literal["twin", "fake", "serl_http", "franky", "panda_py"]
-Teleop = Literal["none", "spacemouse", "keyboard", "scripted"]
+Teleop = Literal["none", "spacemouse", "keyboard", "gamepad", "scripted"]
 Pose6 = tuple[float, float, float, float, float, float]
 Triple = tuple[float, float, float]
 

@@ -22,6 +22,8 @@ from rlinf.envs.realworld.peg_insertion import PegInsertion, PegTask
 from rlinf.envs.realworld.robot_cell import RobotCell
 from rlinf.envs.realworld.server.run import TOKEN, make_camera
 from rlinf.envs.realworld.task import PoseGoal
+from rlinf.envs.realworld.teleop.at_desk import AtDesk
+from rlinf.envs.realworld.teleop.devices import DEVICES, open_operator
 from rlinf.envs.realworld.teleop.operator import Command, Operator, ScriptedOperator
 
 
@@ -145,19 +147,13 @@ def _world(config: RealWorldConfig, cell: RobotCell, pace: Pace, arm: Arm, rende
 
 def _operator(config: RealWorldConfig, world: PegInsertion) -> Operator | None:
     """Whose hands may take over. Raises TeleopError, MissingDependency where the device is not there."""
-    if config.teleop == "spacemouse":
-        from rlinf.envs.realworld.teleop.spacemouse import SpaceMouse
-
-        return SpaceMouse(**config.teleop_options)
-    if config.teleop == "keyboard":
-        from rlinf.envs.realworld.teleop.keyboard import Keyboard
-
-        return Keyboard(**config.teleop_options)
+    if config.teleop in DEVICES:
+        return AtDesk(open_operator(config.teleop, config.teleop_options))
     if config.teleop == "scripted":
         noise = float(config.teleop_options.get("noise_std", 0.0))
         expert = PegInsertionExpert(noise, np.random.default_rng(config.seed))
         return ScriptedOperator(lambda: Command(expert.act(world.full_state())[0].astype(float)))
-    return None
+    return AtDesk(None) if config.paced_by_clock() else None
 
 
 def _classifier(cfg: PegInsertionConfig) -> Callable[[dict[str, np.ndarray]], bool] | None:
