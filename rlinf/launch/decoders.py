@@ -158,18 +158,8 @@ def tokenizer_of(model: OpenpiConfig, weights: Path) -> Tokenizer:
 
 def check_openpi(model: OpenpiConfig, spaces: EnvSpaces) -> None:
     """Raise ConfigError with every way in which the model does not fit the environment."""
-    robot, there = model.robot(), spaces.obs_shapes
-    cameras = [path.removeprefix("images/") for path in there if path.startswith("images/")]
-    seen = ", ".join(cameras) or "none"
-    wrong = [f"it looks for a camera called {' or '.join(names)}, and the environment has {seen}"
-             for names in robot.cameras.values() if not set(names) & set(cameras)]  # fmt: skip
-    if "instruction" not in there:
-        wrong.append("it reads an instruction, and the environment gives none")
-    if robot.action_dim != spaces.action_dim:
-        wrong.append(f"its actions have {robot.action_dim} numbers, the environment's {spaces.action_dim}")
-    if there["state"][0] > robot.model.action_dim:
-        wrong.append(f"it takes a state of {robot.model.action_dim} numbers at most, and there are {there['state'][0]}")
-    if wrong:
+    robot = model.robot()
+    if wrong := robot.misfits(spaces):
         raise ConfigError(f"actor.model.openpi.config_name {robot.name} does not fit: {'; '.join(wrong)}")
 
 

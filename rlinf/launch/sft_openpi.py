@@ -138,16 +138,7 @@ class OpenpiTrainee:
 
 def check_fit(robot: DataConfig, spaces: EnvSpaces) -> None:
     """Raise ConfigError with every way in which a robot's model does not fit an environment."""
-    there = spaces.obs_shapes
-    cameras = [path.removeprefix("images/") for path in there if path.startswith("images/")]
-    seen = ", ".join(cameras) or "none"
-    wrong = [f"it looks for a camera called {' or '.join(names)}, and the environment has {seen}"
-             for names in robot.cameras.values() if not set(names) & set(cameras)]  # fmt: skip
-    if "instruction" not in there:
-        wrong.append("it reads an instruction, and the environment gives none")
-    if robot.action_dim != spaces.action_dim:
-        wrong.append(f"its actions have {robot.action_dim} numbers, the environment's {spaces.action_dim}")
-    if wrong:
+    if wrong := robot.misfits(spaces):
         raise ConfigError(f"model.openpi.config_name {robot.name} does not fit the environment: {'; '.join(wrong)}")
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 from typing import Literal
 
 from jaxtyping import Bool, Float
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rlinf.core.config import Config
-from rlinf.core.errors import ConfigError
 from rlinf.core.types import Obs
 from rlinf.models.embodiment.openpi.config import Pi0Config
-from rlinf.models.embodiment.openpi.dataconfig import DataConfig, Pipeline, data_config
+from rlinf.models.embodiment.openpi.dataconfig import DataConfig, Pipeline
 from rlinf.models.embodiment.openpi.model import Pi0, Prefix
-from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig, OpenpiKeys
+from rlinf.models.embodiment.openpi.robot_keys import RobotKeys
 
 
 class TrainedParts(Config):
@@ -26,26 +25,6 @@ class TrainedParts(Config):
     vision: bool = Field(True, description="The image encoder and the projection of its tokens.")
     language: bool = Field(True, description="The language model.")
     # The expert always learns: the loss is of its actions.
-
-
-class OpenpiCloningKeys(Config):
-    """Keys of `model.openpi` in a recipe of supervised fine-tuning."""
-
-    config_name: str = Field(
-        "pi0_libero",
-        description="Robot: cameras, columns of data sets, normalisation, meaning of actions and length of the chunk.",
-    )
-    size: Literal["full", "tiny"] = Field(
-        "full", description="full: the published sizes; tiny: a small one of the same architecture, for CPUs."
-    )
-
-    @field_validator("config_name")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        try:
-            return data_config(name).name
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
 
 
 class OpenpiCloningConfig(Config):
@@ -92,7 +71,7 @@ class OpenpiCloningConfig(Config):
         "robot's own. 0: they are masked. A model from random weights needs them, 0.1 say: its walk from noise to "
         "actions carries them along, and would leave what training has shown.",
     )
-    openpi: OpenpiCloningKeys = Field(default_factory=OpenpiCloningKeys, description="Robot and size.")
+    openpi: RobotKeys = Field(default_factory=RobotKeys, description="Robot and size.")
 
     @model_validator(mode="after")
     def _fits(self) -> OpenpiCloningConfig:
@@ -111,8 +90,7 @@ class OpenpiCloningConfig(Config):
 
     def robot(self) -> DataConfig:
         """The data configuration with the sizes of the model, as recipes that act with it have it."""
-        keys = OpenpiKeys(config_name=self.openpi.config_name, size=self.openpi.size)
-        return OpenpiConfig(model_path="", openpi=keys, num_action_chunks=1).robot()
+        return self.openpi.robot()
 
 
 class Pi0Cloning(nn.Module):

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rlinf.core.config import Config
 from rlinf.core.errors import ConfigError
 from rlinf.functional.denoising import NoiseMethod
 from rlinf.models.embodiment.dsrl_keys import DsrlKeys
 from rlinf.models.embodiment.openpi.actor_critic import VALUE_HIDDEN_DIMS, Walk
-from rlinf.models.embodiment.openpi.config import TINY, TINY_PI05
-from rlinf.models.embodiment.openpi.dataconfig import DataConfig, data_config
+from rlinf.models.embodiment.openpi.dataconfig import DataConfig
+from rlinf.models.embodiment.openpi.robot_keys import RobotKeys
 
 
-class OpenpiKeys(DsrlKeys):
+class OpenpiKeys(RobotKeys, DsrlKeys):
     """Keys of `actor.model.openpi`; those that begin with dsrl_ belong to use_dsrl."""
 
-    config_name: str = Field(
-        "pi0_libero",
-        description="Robot and checkpoint: cameras, normalisation, meaning of actions and length of the chunk. "
-        "pi0_libero, pi0_libero_horizon10, pi05_libero, pi0_maniskill, pi05_maniskill and others.",
-    )
-    size: Literal["full", "tiny"] = Field(
-        "full",
-        description="full: the published sizes, 3.3 billion weights; tiny: a million, for tries without a GPU.",
-    )
     action_horizon: PositiveInt | None = Field(
         None,
         description="Actions that the model gives at once, of which num_action_chunks are played; null: config_name's.",
@@ -85,14 +75,6 @@ class OpenpiKeys(DsrlKeys):
         "main",
         description="Camera that policy and critics look at, at 64 x 64 pixels; null: they see the state alone.",
     )
-
-    @field_validator("config_name")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        try:
-            return data_config(name).name
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
 
 
 class OpenpiConfig(Config):
@@ -170,9 +152,4 @@ class OpenpiConfig(Config):
 
     def robot(self) -> DataConfig:
         """The data configuration, with the sizes of the model that is asked for."""
-        data, keys = data_config(self.openpi.config_name), self.openpi
-        horizon = keys.action_horizon or data.model.action_horizon
-        sizes = data.model
-        if keys.size == "tiny":
-            sizes = replace(TINY_PI05 if sizes.pi05 else TINY, max_token_len=sizes.max_token_len)
-        return replace(data, model=replace(sizes, action_horizon=horizon))
+        return self.openpi.robot(self.openpi.action_horizon)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlinf.core.errors import ConfigError
-from rlinf.core.types import Obs
+from rlinf.core.types import EnvSpaces, Obs
 from rlinf.models.embodiment.openpi.config import Pi0Config
 from rlinf.models.embodiment.openpi.model import Pi0Inputs
 from rlinf.models.embodiment.openpi.norm_stats import NormStats
@@ -98,6 +98,21 @@ class DataConfig:
     def quantiles(self) -> bool:
         """Whether states and actions are normalised by quantiles."""
         return self.model.pi05
+
+    def misfits(self, spaces: EnvSpaces) -> list[str]:
+        """Every way in which the robot differs from an environment, in words."""
+        there = spaces.obs_shapes
+        cameras = [path.removeprefix("images/") for path in there if path.startswith("images/")]
+        seen = ", ".join(cameras) or "none"
+        wrong = [f"it looks for a camera called {' or '.join(names)}, and the environment has {seen}"
+                 for names in self.cameras.values() if not set(names) & set(cameras)]  # fmt: skip
+        if "instruction" not in there:
+            wrong.append("it reads an instruction, and the environment gives none")
+        if self.action_dim != spaces.action_dim:
+            wrong.append(f"its actions have {self.action_dim} numbers, the environment's {spaces.action_dim}")
+        if (size := there["state"][0]) > self.model.action_dim:
+            wrong.append(f"it takes a state of {self.model.action_dim} numbers at most, and there are {size}")
+        return wrong
 
     def pipeline(self, stats: Mapping[str, NormStats], tokenizer: Tokenizer) -> Pipeline:
         """The transforms, with the checkpoint's statistics. Raises ConfigError for a tokenizer too large for it."""
