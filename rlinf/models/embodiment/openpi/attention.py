@@ -26,8 +26,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     """
     batch, heads, length, size = query.shape
     shared = heads // key.shape[1]
-    if query.dtype is torch.bfloat16 and query.device.type == "cpu":
-        out = _attend_in_bf16(query, key, value, bias, shared)
+    if query.device.type == "cpu":
+        out = _attend_by_products(query, key, value, bias, shared)
     else:
         key, value = (_repeat(x, shared) for x in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
@@ -39,8 +39,11 @@ def _repeat(x: Tensor, times: int) -> Tensor:
     return x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) if times > 1 else x
 
 
-def _attend_in_bf16(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, shared: int) -> Tensor:
-    """The same as two matrix products: on CPUs that multiply bfloat16, 1.6 to 3 times as fast as torch's kernel.
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, shared: int) -> Tensor:
+    """The same as two matrix products.
+
+    On CPUs torch's own kernel is slower: forward and backward take 20 times as long for the few tokens of a tiny model,
+    and 1.5 times for 300 tokens of full size, in float32; in bfloat16 1.6 to 3 times.
 
     The queries that share a key head are rows of one product.
     """
