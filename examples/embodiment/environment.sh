@@ -5,7 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 simulator="${name%%_*}"
-[ "$simulator" != realworld ] || simulator=frankasim # the twin's
 stamp=.venv/rlinf-install.stamp # the installer writes it last; its lines name what is there
 case "$simulator" in maniskill | frankasim | libero | realworld) needed="$simulator" ;; *) needed="" ;; esac
 if [ ! -f "$stamp" ] || { [ -n "$needed" ] && ! grep -qx "$needed" "$stamp"; }; then
