@@ -131,10 +131,13 @@ class SupervisedTuning:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained weights, their average, moments and generator."""
-        state: dict[str, Any] = {"weights": flatten(self.trained).detach().clone(), "optim": self.stepper.state_dict()}
+        """Trained weights, their average, moments and generator.
+
+        The weights and the average are copies on the CPU: beside what learns, a GPU has no room for another of each.
+        """
+        state: dict[str, Any] = {"weights": _copy_on_cpu(flatten(self.trained)), "optim": self.stepper.state_dict()}
         if self.average is not None:
-            state["average"] = self.average.clone()
+            state["average"] = _copy_on_cpu(self.average)
         return state | {"generators": [self.generator.get_state()]}
 
     @torch.no_grad()
@@ -151,6 +154,10 @@ class SupervisedTuning:
             place.copy_(found)
         load_parts({"optim": self.stepper}, state, Replicated().load)
         load_generator(self.generator, state, ONE_RANK)
+
+
+def _copy_on_cpu(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", copy=True)
 
 
 @torch.no_grad()

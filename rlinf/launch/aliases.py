@@ -91,6 +91,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias("algorithm.adv_type", "algorithm.loss_type", when=lambda value: value != "gae"),
     Alias("actor.model.model_type", "actor.model.model_type", _model_type),
     Alias("actor.optim.value_lr", "actor.critic_optim.lr"),
+    Alias("actor.optim.critic_warmup_steps", "algorithm.critic_warmup_steps"),
     Alias("algorithm.entropy_tuning.alpha_type", "algorithm.entropy_tuning.alpha_type", _alpha_type),
     Alias("algorithm.replay_buffer.cache_size", "algorithm.replay_buffer.capacity", _trajectories_to_transitions),
     Alias(

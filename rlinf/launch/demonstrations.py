@@ -12,19 +12,24 @@ from rlinf.algorithms.co_training import Demonstrations
 from rlinf.core.errors import DataError
 from rlinf.core.ranks import ONE_RANK, Ranks
 from rlinf.core.seeding import derive_seed, torch_generator
-from rlinf.data.chunk_mixture import MixedChunks
+from rlinf.data.chunk_mixture import Ahead, MixedChunks
 from rlinf.data.lerobot.chunks import LeRobotChunks
 from rlinf.data.lerobot.layout import INFO_FILE
+from rlinf.launch.algorithm_config import PpoConfig
 from rlinf.launch.config import Root
+from rlinf.launch.lerobot_stats import check_normalised
+from rlinf.launch.machine import num_cores
 from rlinf.models.embodiment.openpi.actor_critic import Pi0ActorCritic
 from rlinf.models.embodiment.openpi.model import training_time
+from rlinf.models.embodiment.openpi.norm_stats import find_norm_stats, read_norm_stats
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 from rlinf.models.embodiment.openpi.transforms import resize_with_pad
 
 HOME = "HF_LEROBOT_HOME"
 RECORD = (
-    "python -m rlinf record maniskill_sac_mlp --format lerobot --output FOLDER "
-    "env@env.train=maniskill_pick_and_place_shifted_twin"
+    "python -m rlinf record maniskill_sac_mlp --format lerobot --episodes 50 --output FOLDER "
+    "env@env.train=maniskill_pick_and_place_shifted_twin env.train.ignore_terminations=False "
+    "env.train.max_episode_steps=40 env.train.max_steps_per_rollout_epoch=40 env.train.total_num_envs=8"
 )
 
 
@@ -41,7 +46,7 @@ def open_demonstrations(
     )
     return Demonstrations(
         network,
-        batches,
+        Ahead(batches),
         _draw_time,
         weight=actor.sft_loss_weight,
         device=device,
@@ -50,7 +55,10 @@ def open_demonstrations(
 
 
 def read_demonstrations(config: Root) -> LeRobotChunks:
-    """The data set, with pictures of the model's size. Raises DataError naming what is missing or does not fit."""
+    """The data set, with pictures of the model's size. Raises DataError naming what is missing or does not fit.
+
+    Its numbers are checked against the statistics beside the weights.
+    """
     model = config.actor.model
     assert isinstance(model, OpenpiConfig)  # the schema checks it
     robot = model.robot()
@@ -60,16 +68,22 @@ def read_demonstrations(config: Root) -> LeRobotChunks:
         return resize_with_pad(pictures, size, size)
 
     try:
-        return LeRobotChunks(
+        data = LeRobotChunks(
             find_demonstrations(config),
             robot.columns,
             robot.model.action_horizon,
             action_dim=robot.action_dim,
             resize=resize,
-            num_threads=1,
+            num_threads=max(1, num_cores() // 4),
         )
     except DataError as problem:
         raise DataError(f"actor.sft_data_path: {problem}. To record some: {RECORD}") from problem
+    if model.model_path is not None:
+        weights = Path(model.model_path).expanduser()
+        file = find_norm_stats(weights if weights.is_dir() else weights.parent, robot.asset_id)
+        if file is not None:
+            check_normalised(robot, data, read_norm_stats(file), str(file))
+    return data
 
 
 def find_demonstrations(config: Root) -> str:
@@ -86,10 +100,15 @@ def find_demonstrations(config: Root) -> str:
 
 
 def describe_batches(config: Root, learners: int) -> str | None:
-    """One line with the sizes of an update's two batches; None without demonstrations."""
+    """One line on L_SFT where PPO trains pi0: the sizes of an update's two batches, or that there is none."""
     actor = config.actor
     if not actor.use_real_data_co_training:
-        return None
+        if not isinstance(actor.model, OpenpiConfig) or not isinstance(config.algorithm, PpoConfig):
+            return None
+        return (
+            "co-training: off, L_RL alone; demonstrations are put beside it by actor.use_real_data_co_training=True "
+            "actor.sft_data_path=FOLDER"
+        )
     whole, micro, beside = actor.global_batch_size, actor.micro_batch_size, actor.sft_batch_size
     return (
         f"co-training: L_RL + {actor.sft_loss_weight:g} L_SFT; an update takes {whole} decisions, and demonstrations "

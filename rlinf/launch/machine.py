@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.launch.config import Root
 from rlinf.launch.cpu import BF16_FLAGS, cpu_flags
 from rlinf.runtime.placement import Node
+
+if TYPE_CHECKING:
+    from rlinf.launch.sft_config import SftConfig
 
 SWITCH_INTERVAL_S = 0.5e-3
 """Python's own 5 ms cost an update of some milliseconds a tenth."""
@@ -41,7 +45,7 @@ ALONE = Neighbours()
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
-def device_of(config: Root) -> torch.device:
+def device_of(config: Root | SftConfig) -> torch.device:
     """Where networks live. Raises MissingDependency when the GPU profile finds no CUDA device."""
     if config.profile == "cpu":
         return torch.device("cpu")

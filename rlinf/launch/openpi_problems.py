@@ -28,6 +28,12 @@ def openpi_problems(root: Root) -> Iterator[tuple[str, str]]:
             "actor.gradient_checkpointing",
             f"actor.gradient_checkpointing: nothing of {model.model_type} is worth computing twice; remove the key",
         )
+    if isinstance(root.algorithm, PpoConfig) and root.algorithm.recompute_logprobs and root.runner.overlap:
+        yield (
+            "runner.overlap",
+            "runner.overlap: algorithm.recompute_logprobs would compare with weights that did not act; write one of "
+            "them False",
+        )
     if not on_policy or not isinstance(model, OpenpiConfig):
         return
     if model.openpi.use_dsrl:

@@ -45,6 +45,7 @@ def build_pi0_policy(config: Root, model: OpenpiConfig, spaces: EnvSpaces, *, ac
         value_hidden_dims=keys.value_hidden_dims,
         eval_noise=keys.eval_noise,
         frozen_mark=RANDOM_MARK if path is None else weights_mark(path),
+        anneal=keys.noise_anneal,
     )
     if not acts:
         if config.actor.fsdp_config.strategy != "fsdp2":

@@ -36,6 +36,7 @@ from rlinf.launch.parse import load_config
 from rlinf.launch.prerequisites import check_pi0, make_missing_decoder, record_missing_demos
 from rlinf.launch.processes import Venue, open_runtime, open_venue
 from rlinf.launch.provenance import CONFIG_FILE, prepare_run_dir, run_directory, write_provenance
+from rlinf.launch.twin_objects import remark_on_objects
 from rlinf.metrics.journal import FILE_NAME as JOURNAL
 from rlinf.metrics.report import Reporter
 from rlinf.metrics.video import write_video
@@ -118,7 +119,8 @@ def _train(
         if (memory := describe_replay(config, spaces_of(crew.env))) is not None:
             reporter.note(memory)
         reporter.note(describe_parameters(crew.learner))
-        for remark in (remark_on_decoder(config), describe_batches(config, len(layout.learner))):
+        objects = remark_on_objects({"env.train": config.env.train, "env.eval": config.env.eval})
+        for remark in (objects, remark_on_decoder(config), describe_batches(config, len(layout.learner))):
             if remark is not None:
                 reporter.note(remark)
         last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0

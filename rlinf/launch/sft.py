@@ -20,12 +20,13 @@ from rlinf.core.errors import ConfigError, NonFiniteError
 from rlinf.core.protocols import VectorEnv
 from rlinf.core.types import Metrics
 from rlinf.envs.config import EnvConfig
-from rlinf.launch.machine import choose_float32_products, keep_freed_memory, num_cores
+from rlinf.launch.machine import choose_float32_products, device_of, keep_freed_memory, num_cores
 from rlinf.launch.provenance import prepare_run_dir, write_provenance
 from rlinf.launch.run import refuse_to_overwrite, unused_if_it_never_began
 from rlinf.launch.sft_config import SftConfig
 from rlinf.launch.sft_evaluate import ActingDecoder, evaluate, evaluation_env
 from rlinf.launch.sft_flow import FlowTrainee
+from rlinf.launch.twin_objects import remark_on_objects
 from rlinf.metrics.aggregate import MetricMean
 from rlinf.metrics.report import Reporter
 from rlinf.models.embodiment.openpi.cloning import OpenpiCloningConfig
@@ -94,6 +95,8 @@ def run_sft(config: SftConfig) -> int:
         ) as reporter,
         evaluation_env(_evaluated_in(config), config.model.policy_setup) as env,
     ):
+        if (remark := remark_on_objects({"env": config.env})) is not None:
+            reporter.note(remark)
         trainee = open_trainee(config, env, reporter.note)
         if checkpoint is not None:
             trainee.resume(checkpoint)
@@ -192,6 +195,7 @@ def _refuse_to_export_over(folder: str | None) -> None:
 
 
 def _prepare_process(config: SftConfig) -> None:
+    device_of(config)  # says what is missing before there is a run
     if config.profile == "cpu":
         choose_float32_products()
         torch.set_num_threads(max(1, num_cores() // 2))

@@ -60,6 +60,11 @@ class SourcesConfig(Config):
         None, description="LeRobot data sets by names of your own, under which their losses are shown."
     )
     cache_gb: float = Field(4.0, ge=0, description="Memory for unpacked pictures of all data sets, in 10⁹ bytes.")
+    map_to: str | None = Field(
+        None,
+        description="Folder for packed pictures as memory-mapped files, for data sets of images that are larger than "
+        "memory; null: in memory.",
+    )
     num_threads: PositiveInt = Field(1, description="So many pictures or videos are unpacked at a time.")
 
     @model_validator(mode="after")

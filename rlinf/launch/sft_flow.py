@@ -17,6 +17,7 @@ from rlinf.data.chunks import ChunkDataset, RecordedChunks
 from rlinf.data.demos import check_demos, read_demos
 from rlinf.launch.build import control_mode_of, optimizer_settings
 from rlinf.launch.demonstrators import ScriptedExpert
+from rlinf.launch.machine import device_of
 from rlinf.launch.record import record_demos, task_of
 from rlinf.launch.sft_config import SftConfig
 from rlinf.launch.sft_evaluate import ActingDecoder
@@ -115,7 +116,7 @@ def open_dataset(config: SftConfig, env: VectorEnv, note: Callable[[str], None])
 
 def build_cloning(config: SftConfig, dataset: ChunkDataset, spaces: EnvSpaces) -> FlowCloning:
     """The policy and its optimizer, before the first update."""
-    seed, device = config.runner.seed, torch.device("cuda" if config.profile == "gpu" else "cpu")
+    seed, device = config.runner.seed, device_of(config)
     assert config.env is not None and isinstance(config.model, FlowDecoderConfig)
     spec = FlowDecoderSpec(
         obs_dim=spaces.obs_shapes["state"][0],

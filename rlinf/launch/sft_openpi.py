@@ -17,15 +17,17 @@ from rlinf.core.seeding import torch_generator
 from rlinf.core.types import EnvSpaces, Metrics, Obs
 from rlinf.data.chunk_mixture import Ahead, MixedChunks
 from rlinf.launch.build import optimizer_settings
-from rlinf.launch.lerobot_sources import norm_stats_of, open_datasets, same_stats, shares_of
+from rlinf.launch.lerobot_sources import open_datasets, shares_of
+from rlinf.launch.lerobot_stats import check_normalised, norm_stats_of, same_stats
+from rlinf.launch.machine import device_of
 from rlinf.launch.sft_config import SftConfig
 from rlinf.launch.sft_evaluate import ActingDecoder
 from rlinf.models.embodiment.openpi.checkpoint import load_pi0, save_pi0
 from rlinf.models.embodiment.openpi.cloning import OpenpiCloningConfig, Pi0Cloning, freeze
 from rlinf.models.embodiment.openpi.dataconfig import DataConfig
-from rlinf.models.embodiment.openpi.decoder import TOKENIZER_FILES, find_tokenizer
+from rlinf.models.embodiment.openpi.decoder import TOKENIZER_FILES, find_tokenizer, weights_mark
 from rlinf.models.embodiment.openpi.model import Pi0, build_pi0, empty_pi0, stays_float32, training_time
-from rlinf.models.embodiment.openpi.norm_stats import read_norm_stats, write_norm_stats
+from rlinf.models.embodiment.openpi.norm_stats import find_norm_stats, read_norm_stats, write_norm_stats
 from rlinf.models.embodiment.openpi.tokenizer import SentencePieceTokenizer, Tokenizer, WordTokenizer
 from rlinf.workers.state_files import load_state, save_state
 
@@ -51,7 +53,7 @@ class OpenpiTrainee:
         self._model_config, self.robot, seed = model, model.robot(), config.runner.seed
         if env is not None:
             check_fit(self.robot, env.spaces)
-        device = torch.device("cuda" if config.profile == "gpu" else "cpu")
+        device = device_of(config)
         self._bf16 = model.precision == "bf16" or (model.precision is None and config.profile == "gpu")
         self._tokenizer = _tokenizer(model)
 
@@ -59,11 +61,16 @@ class OpenpiTrainee:
         self._names = list(datasets)
         self._mixture = MixedChunks(list(datasets.values()), shares, config.global_batch_size, seed=seed)
         self._ahead = Ahead(self._mixture)
+        file = given_stats(model, self.robot)
+        if file is not None and model.norm_stats_path is None:
+            note(f"normalised as the weights are, by {file}; model.norm_stats_path names other statistics")
         self.stats = (
             norm_stats_of(self.robot, list(datasets.values()), shares)
-            if model.norm_stats_path is None
-            else read_norm_stats(Path(model.norm_stats_path).expanduser(), self.robot.asset_id)
+            if file is None
+            else read_norm_stats(file, self.robot.asset_id)
         )
+        for data in datasets.values():
+            check_normalised(self.robot, data, self.stats, "those of these data sets" if file is None else str(file))
 
         pi0 = _start(model, self.robot, seed).to(device)
         freeze(pi0, model.train)
@@ -75,6 +82,8 @@ class OpenpiTrainee:
             noises_per_example=model.noises_per_example,
             padding_weight=model.padding_weight,
         )
+        frozen = any(not p.requires_grad for p in pi0.parameters()) and model.model_path is not None
+        self._frozen_mark = weights_mark(Path(model.model_path or "").expanduser()) if frozen else 0
         self.tuning = SupervisedTuning(
             self.network,
             optimizer_settings(config.optim, config.runner.max_steps),
@@ -116,16 +125,23 @@ class OpenpiTrainee:
     def save(self, directory: Path) -> None:
         """As `sft.Trainee.save`."""
         self.export(directory)
-        save_state(directory / TRAINER_FILE, self.tuning.state_dict())
+        save_state(directory / TRAINER_FILE, self.tuning.state_dict() | {"frozen_mark": self._frozen_mark})
 
     def resume(self, checkpoint: Path) -> None:
         """As `sft.Trainee.resume`. What is frozen comes from `model_path` again."""
         if not same_stats(read_norm_stats(checkpoint), self.stats):
             raise CheckpointError(
                 f"{checkpoint} normalises by other statistics: the data sets or their weights have changed since; "
-                f"restore them, or start from these weights: model.model_path={checkpoint}"
+                "restore them, or start from these weights and their statistics: "
+                f"model.model_path={checkpoint} model.norm_stats_path={checkpoint}"
             )
-        self.tuning.load_state_dict(load_state(checkpoint / TRAINER_FILE))
+        state = load_state(checkpoint / TRAINER_FILE)
+        if state.get("frozen_mark", self._frozen_mark) != self._frozen_mark:  # older checkpoints have none
+            raise CheckpointError(
+                f"{checkpoint} was trained beside other frozen weights than those of model.model_path="
+                f"{self._model_config.model_path}; name those"
+            )
+        self.tuning.load_state_dict(state)
 
     def export(self, folder: Path) -> None:
         """As `sft.Trainee.export`: openpi's model.safetensors and config.json, norm_stats.json, and the tokenizer."""
@@ -140,6 +156,20 @@ def check_fit(robot: DataConfig, spaces: EnvSpaces) -> None:
     """Raise ConfigError with every way in which a robot's model does not fit an environment."""
     if wrong := robot.misfits(spaces):
         raise ConfigError(f"model.openpi.config_name {robot.name} does not fit the environment: {'; '.join(wrong)}")
+
+
+def given_stats(model: OpenpiCloningConfig, robot: DataConfig) -> Path | None:
+    """The file by which to normalise: what `norm_stats_path` names, or this robot's beside the weights to start from.
+
+    None where they are to be computed. Raises DataError where they are named and not there.
+    """
+    if model.norm_stats_path is not None:
+        named = Path(model.norm_stats_path).expanduser()
+        return find_norm_stats(named, robot.asset_id) or named  # reading it says what is missing
+    if model.model_path is None:
+        return None
+    weights = Path(model.model_path).expanduser()
+    return find_norm_stats(weights if weights.is_dir() else weights.parent, robot.asset_id)
 
 
 def _tokenizer(model: OpenpiCloningConfig) -> Tokenizer:

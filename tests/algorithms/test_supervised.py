@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from rlinf.algorithms.optimize import OptimizerSettings
 from rlinf.algorithms.supervised import SupervisedTuning, swap_
@@ -161,3 +162,18 @@ def test_a_state_goes_on_exactly():
         assert torch.equal(straight.state_dict()[name], resumed.state_dict()[name])
     with pytest.raises(CheckpointError, match="'weights' in the checkpoint does not fit"):
         tuning(network(TrainedParts(vision=False)), ema_decay=0.9).load_state_dict(stopped.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_a_state_leaves_the_device_alone():
+    one = tuning(ema_decay=0.9)
+    with FakeTensorMode():  # a GPU without one
+        one.trained = [torch.nn.Parameter(torch.empty(5, device="cuda"))]
+        one.average = torch.empty(5, device="cuda")
+        state = one.state_dict()
+    assert {state[name].device.type for name in ("weights", "average")} == {"cpu"}
+    two = tuning(ema_decay=0.9)
+    kept = two.state_dict()
+    two.update(batch())
+    assert not torch.equal(kept["weights"], two.state_dict()["weights"]), "it is a copy"
+    assert not torch.equal(kept["average"], two.state_dict()["average"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from rlinf.core.errors import CheckpointError, ConfigError, DataError
+from rlinf.core.errors import CheckpointError, ConfigError
 from rlinf.core.tree import leaves_of_state
 from rlinf.core.types import EnvSpaces, Obs
 from rlinf.data.lerobot.layout import Feature
@@ -17,11 +17,12 @@ from rlinf.data.lerobot.writer import LeRobotWriter
 from rlinf.envs.episodes import Outcome, ReplayedEnv, episode_rules
 from rlinf.envs.reach import ReachConfig
 from rlinf.launch import registry
+from rlinf.launch.algorithm_config import PpoConfig
 from rlinf.launch.build import build_algorithm, build_networks
 from rlinf.launch.config import Root
 from rlinf.launch.crew import build_crew, build_evaluator
 from rlinf.launch.decoders import remark_on_decoder
-from rlinf.launch.demonstrations import describe_batches, find_demonstrations
+from rlinf.launch.demonstrations import describe_batches
 from rlinf.launch.parse import load_config
 from rlinf.launch.run import evaluate_run, run_directory, train
 from rlinf.metrics import report
@@ -244,7 +245,7 @@ def collect_and_update(config: Root, updates: int = 1) -> dict[str, float]:
 
 def test_without_demonstrations_it_is_ppo_exactly(tmp_path: Path) -> None:
     plain = load(tmp_path, "actor.use_real_data_co_training=False", "algorithm.update_epoch=3")  # no data set needed
-    assert describe_batches(plain, 1) is None
+    assert "co-training: off, L_RL alone" in (describe_batches(plain, 1) or "")
     write_real(tmp_path / "real")
     both = load(tmp_path, "algorithm.update_epoch=3")
 
@@ -376,38 +377,13 @@ def test_the_noise_is_annealed_after_every_collection(tmp_path: Path) -> None:
     assert all(row["train/actor/ratio"] == pytest.approx(1, abs=1e-5) for row in journal(run_directory(config)))
     saved = load_weights(run_directory(config) / "checkpoints" / "latest" / "model.safetensors")[1]
     assert saved["noise_level"].item() == pytest.approx(0.6)
-
-
-# ---- data
-
-
-def test_the_data_set_is_found_by_path_or_below_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_demonstrations(load(tmp_path)) == str(tmp_path / "real")
-    config = load(tmp_path, "actor.sft_data_path=null")
-    with pytest.raises(DataError, match="no data set is named; write its folder there, or export HF_LEROBOT_HOME"):
-        find_demonstrations(config)
-    home = tmp_path / "home"
-    monkeypatch.setenv("HF_LEROBOT_HOME", str(home))
-    assert find_demonstrations(config) == "physical-intelligence/pick_and_place_real"
-    for name in ("pick_and_place_real", "physical-intelligence/pick_and_place_real"):
-        written = write_real(home / name)
-        assert find_demonstrations(config) == str(written)
-    itself = write_real(tmp_path / "itself")
-    monkeypatch.setenv("HF_LEROBOT_HOME", str(itself))
-    assert find_demonstrations(config) == str(itself)
-
-
-def test_a_missing_or_foreign_data_set_is_refused_before_there_is_a_run(tmp_path: Path) -> None:
-    config = load(tmp_path)
-    with pytest.raises(DataError, match=r"actor.sft_data_path: .*real.*\n?.*To record some: python -m rlinf record"):
-        train(config)
-    assert not run_directory(config).exists()
-    write_real(tmp_path / "narrow", action=4)
-    with pytest.raises(DataError, match="feature action has 4 numbers and the robot's actions have 7"):
-        train(load(tmp_path, f"actor.sft_data_path={tmp_path / 'narrow'}"))
-    write_real(tmp_path / "other_camera", camera="observation.images.wrist")
-    with pytest.raises(DataError, match=r"no feature image or observation.images.front .* observation.images.wrist"):
-        train(load(tmp_path, f"actor.sft_data_path={tmp_path / 'other_camera'}"))
+    scheduled = build_networks(config, SPACES).actor
+    scheduled.load_state_dict(saved)
+    assert scheduled.noise_level.item() == pytest.approx(0.6)
+    fixed = ["actor.model.openpi.noise_method=flow_sde", "actor.model.openpi.noise_level=0.3"]
+    written = build_networks(load(tmp_path, "actor.use_real_data_co_training=False", *fixed), SPACES).actor
+    written.load_state_dict(saved)
+    assert written.noise_level.item() == pytest.approx(0.3), "what is written holds"
 
 
 def test_missing_weights_are_refused_before_there_is_a_run(tmp_path: Path) -> None:
@@ -438,6 +414,10 @@ def test_missing_weights_are_refused_before_there_is_a_run(tmp_path: Path) -> No
         (
             ["actor.model.openpi.noise_anneal=True", "actor.model.openpi.noise_method=flow_sde", "runner.overlap=True"],
             "runner.overlap: with actor.model.openpi.noise_anneal a policy that is one step older",
+        ),
+        (
+            ["rollout.recompute_logprobs=True", "runner.overlap=True"],
+            "runner.overlap: algorithm.recompute_logprobs would compare with weights that did not act",
         ),
         (["actor.model.openpi.use_dsrl=True"], "PPO trains pi0 itself; write False, or loss_type: embodied_sac"),
         (["actor.model.normalize_obs=True"], "pi0 normalises by the statistics beside its weights; write False"),
@@ -472,7 +452,9 @@ def test_other_spellings(tmp_path: Path) -> None:
         "actor.config_name=pi05_maniskill_sim_real_co_training",
         "actor.fsdp_config.gradient_checkpointing=True",
         "actor.model.openpi.num_steps=2",
+        "actor.optim.critic_warmup_steps=3",
     )
+    assert isinstance(config.algorithm, PpoConfig) and config.algorithm.critic_warmup_steps == 3
     assert config.actor.use_real_data_co_training and config.actor.gradient_checkpointing
     assert config.actor.critic_optim.lr == 2e-3
 

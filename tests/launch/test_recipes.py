@@ -110,7 +110,7 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
         assert metrics["replay_buffer/size"] == 2 * root.env.train.total_num_envs
     assert torch.isfinite(torch.tensor(metrics["sac/critic_loss" if off_policy else "critic/value_loss"]))
     assert ("demo_buffer/size" in metrics) == has_demos
-    assert ("sft_loss" in metrics) == ("co_training" in name)
+    assert ("sft_loss" in metrics) == root.actor.use_real_data_co_training
 
 
 @pytest.mark.usefixtures("fake_maniskill")
@@ -222,7 +222,10 @@ def test_co_training_takes_what_its_seed_document_prints() -> None:
     printed += ["actor.use_real_data_co_training=True", "actor.sft_loss_weight=0.2"]
     root = load("maniskill_ppo_co_training_openpi_pi05", *printed, "profile=gpu")
     assert root.actor.model.model_path == "/stage1"
+    assert root.actor.use_real_data_co_training
+    assert not load("maniskill_ppo_co_training_openpi_pi05", "profile=cpu").actor.use_real_data_co_training
     real = load("maniskill_ppo_co_training_openpi_pi05_tiny", "env@env.eval=maniskill_pick_and_place_shifted_twin")
+    assert real.actor.use_real_data_co_training
     assert real.env.eval.init_params.twin.latency_s == 0.06 and real.env.train.init_params.twin.latency_s == 0
     assert real.env.eval.init_params.sensor_configs == {"width": 64, "height": 64}
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlinf.core.errors import CheckpointError, ConfigError, DataError
+from rlinf.core.errors import CheckpointError, ConfigError, DataError, MissingDependency
 from rlinf.core.types import EnvSpaces
 from rlinf.data.lerobot.layout import Feature
 from rlinf.data.lerobot.writer import LeRobotWriter
-from rlinf.launch import sft_openpi
+from rlinf.launch import lerobot_sources, sft_openpi
 from rlinf.launch.cli.main import main
 from rlinf.launch.parse import load_as
 from rlinf.launch.sft import run_sft
@@ -20,7 +20,7 @@ from rlinf.launch.sft_config import SftConfig
 from rlinf.launch.sft_openpi import check_fit
 from rlinf.metrics import report
 from rlinf.models.embodiment.openpi.decoder import find_tokenizer, load_openpi_decoder
-from rlinf.models.embodiment.openpi.norm_stats import read_norm_stats
+from rlinf.models.embodiment.openpi.norm_stats import read_norm_stats, write_norm_stats
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 from rlinf.runners.checkpoint import find
 from rlinf.workers.state_files import load_state
@@ -136,6 +136,69 @@ def test_a_run_starts_from_what_another_exported(tmp_path, datasets):
     assert (tmp_path / "copy" / "norm_stats.json").read_bytes() == (folder / "norm_stats.json").read_bytes()
 
 
+def test_weights_are_trained_on_by_the_statistics_beside_them(tmp_path, datasets):
+    assert run_sft(load(tmp_path, datasets, "runner.max_steps=1")) == 0
+    folder, told = tmp_path / "exports" / "run", []
+    other = ["data.datasets.sim.weight=1", f"model.model_path={folder}"]
+    trainee = sft_openpi.OpenpiTrainee(load(tmp_path, datasets, *other, name="more"), None, told.append)
+    assert torch.equal(trainee.stats["state"].mean, read_norm_stats(folder)["state"].mean)
+    assert f"normalised as the weights are, by {folder / 'norm_stats.json'}" in "".join(told)
+
+
+def test_numbers_far_outside_of_the_statistics_are_named(tmp_path, datasets):
+    config = load(tmp_path, datasets)
+    stats = sft_openpi.OpenpiTrainee(config, None, lambda text: None).stats
+    stats["actions"].q01[6] = stats["actions"].q99[6] = 0.25
+    file = write_norm_stats(stats, tmp_path / "narrow")
+    message = rf"/sim: actions number 6 \(from 0\) goes from -.* to .*{file}, from about 0\.25 to 0\.250001: normalised"
+    with pytest.raises(DataError, match=message):
+        run_sft(load(tmp_path, datasets, f"model.norm_stats_path={file}"))
+
+
+def test_weights_beside_other_frozen_ones_do_not_go_on(tmp_path, datasets):
+    for seed in (0, 1):
+        overrides = [f"runner.seed={seed}", "runner.max_steps=1"]
+        assert run_sft(load(tmp_path, datasets, *overrides, name=f"base{seed}")) == 0
+    stats = f"model.norm_stats_path={tmp_path / 'exports' / 'base0'}"
+    one, other = (
+        [stats, "model.train.vision=False", f"model.model_path={tmp_path / 'exports' / f'base{seed}'}"]
+        for seed in (0, 1)
+    )
+    assert run_sft(load(tmp_path, datasets, *one, "runner.max_steps=1")) == 0
+    resume = [f"runner.resume_dir={tmp_path / 'run'}", "runner.max_steps=2"]
+    with pytest.raises(CheckpointError, match=r"trained beside other frozen weights than those of .*base1; name those"):
+        run_sft(load(tmp_path, datasets, *other, *resume, name="other"))
+    assert run_sft(load(tmp_path, datasets, *one, *resume, name="same")) == 0
+
+
+def test_what_a_machine_lacks_is_said_before_there_is_a_run(tmp_path, datasets, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingDependency, match="profile=gpu, but torch sees no CUDA device"):
+        run_sft(load(tmp_path, datasets, "profile=gpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_of_data_sets_may_be_written_with_a_tilde(tmp_path, datasets, monkeypatch):
+    monkeypatch.setenv("HOME", str(datasets))
+    monkeypatch.setenv("HF_LEROBOT_HOME", "~/nowhere")
+    named = ["data.datasets.sim.path='~/sim'", f"data.map_to={tmp_path / 'packed'}"]
+    assert len(lerobot_sources.open_datasets(load(tmp_path, datasets, *named).data, robot(), None, print)["sim"]) == 48
+    assert len(list((tmp_path / "packed").iterdir())) == 2, "a file for each data set"
+    monkeypatch.setenv("HF_LEROBOT_HOME", "~")
+    recorded = load_as(
+        SftConfig,
+        RECIPE,
+        [
+            *("data.datasets.sim.path=sim", "data.datasets.sim.record.episodes=8"),
+            *("data.datasets.real.path=real", "data.datasets.real.record.episodes=2"),
+        ],
+        RECIPES,
+        has_gpu=lambda: False,
+    )
+    monkeypatch.setattr(lerobot_sources, "record_episodes", lambda *_, **__: pytest.fail("nothing is missing"))
+    assert len(lerobot_sources.open_datasets(recorded.data, robot(), None, print)["sim"]) == 48
+
+
 def test_a_stopped_run_goes_on_exactly(tmp_path, datasets, monkeypatch):
     assert run_sft(load(tmp_path, datasets, name="straight")) == 0
     update = sft_openpi.OpenpiTrainee.update
@@ -164,6 +227,10 @@ def test_statistics_are_computed_by_a_command_too(tmp_path, datasets, capsys):
     assert "sim: 8 episodes, 48 frames" in printed and printed.rstrip().endswith("norm_stats.json")
     stats = read_norm_stats(tmp_path / "stats")
     assert stats["actions"].size == 32 and float(stats["state"].mean[0]) == pytest.approx(0.25 * 3, abs=0.5)
+    missing = [item for item in overrides if ".record=" not in item] + [f"data.datasets.sim.path={tmp_path / 'none'}"]
+    assert main(["norm_stats", RECIPE, "-o", str(tmp_path / "stats"), "--dir", str(RECIPES), *missing]) == 2
+    assert "none lacks some of 1000 episodes, which run_sft.sh records first" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
     used = load(tmp_path, datasets, f"model.norm_stats_path={tmp_path / 'stats'}")
     trainee = sft_openpi.OpenpiTrainee(used, None, lambda text: None)
     computed = sft_openpi.OpenpiTrainee(load(tmp_path, datasets), None, lambda text: None)

@@ -54,6 +54,7 @@ class LeRobotChunks:
         episodes: those to be used; None for all.
         resize: applied to pictures when they are unpacked, before they are kept. All must come out equally large.
         cache_bytes: for unpacked pictures of all cameras together.
+        map_to: folder for packed pictures as memory-mapped files; None keeps them in memory.
         num_threads: so many pictures or videos are unpacked at a time.
 
     Raises DataError naming the file and the feature that is missing, of another size or damaged. Damaged pictures are
@@ -71,6 +72,7 @@ class LeRobotChunks:
         episodes: Sequence[int] | None = None,
         resize: Resize | None = None,
         cache_bytes: int = CACHE_BYTES,
+        map_to: Path | None = None,
         num_threads: int = 1,
     ) -> None:
         self.root, self.horizon = find_root(root), horizon
@@ -83,7 +85,11 @@ class LeRobotChunks:
         if "state" in self._feature:
             self._size(features, "state", state_dim, "the robot's state has")
         self._data = LeRobotDataset(
-            self.root, episodes=episodes, keys=list(self._feature.values()), num_threads=num_threads
+            self.root,
+            episodes=episodes,
+            keys=list(self._feature.values()),
+            map_to=map_to,
+            num_threads=num_threads,
         )
         if not len(self._data):
             raise DataError(f"{self.root} holds no frame to learn from; record some first")

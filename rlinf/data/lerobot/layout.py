@@ -154,16 +154,16 @@ class Info:
 
 
 def find_root(name: str | Path) -> Path:
-    """The folder of a data set: `name` itself or, where that is none, `name` below $HF_LEROBOT_HOME.
+    """The folder of a data set: `name` itself or, where that is none, `name` below $HF_LEROBOT_HOME. Both may have ~.
 
     Raises DataError naming the places where it is not.
     """
-    path, home = Path(name), os.environ.get("HF_LEROBOT_HOME")
-    if path.is_dir():
-        return path
-    if home and (Path(home) / path).is_dir():
-        return Path(home) / path
-    beside = f" and {Path(home) / path} is none either" if home else ", and HF_LEROBOT_HOME is not set"
+    path, home = Path(name).expanduser(), os.environ.get("HF_LEROBOT_HOME")
+    below = Path(home).expanduser() / path if home else None
+    for place in (path, below):
+        if place is not None and place.is_dir():
+            return place
+    beside = ", and HF_LEROBOT_HOME is not set" if below is None else f" and {below} is none either"
     raise DataError(f"{path} is no folder{beside}: mend the path, or record a data set into it first")
 
 

@@ -63,7 +63,7 @@ def check_memory(root: Path, paths: Sequence[Path]) -> None:
     if available is not None and need > available:
         raise DataError(
             f"{root}: the pictures need {gigabytes(need)} of memory and {gigabytes(available)} are available; "
-            "choose fewer episodes, or a folder to map them to"
+            "choose fewer episodes, or a folder to map them to (map_to)"
         )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from rlinf.core.errors import ConfigError
-from rlinf.launch.lerobot_sources import norm_stats_of, open_datasets, shares_of
+from rlinf.launch.lerobot_sources import open_datasets, shares_of
+from rlinf.launch.lerobot_stats import norm_stats_of
 from rlinf.launch.parse import load_as
 from rlinf.launch.sft_config import SftConfig
 from rlinf.models.embodiment.openpi.cloning import OpenpiCloningConfig
@@ -16,12 +17,14 @@ from rlinf.models.embodiment.openpi.norm_stats import NormStats, write_norm_stat
 
 
 def run(recipe: str, overrides: Sequence[str], config_dir: Path, output: Path | None) -> None:
-    """Compute, print and write them. Raises RlinfError."""
+    """Compute, print and write them; nothing is recorded. Raises RlinfError."""
     config = load_as(SftConfig, recipe, overrides, config_dir)
     if not isinstance(config.model, OpenpiCloningConfig):
         raise ConfigError(f"{recipe} trains a {config.model.model_type}, which needs no norm_stats.json")
     robot = config.model.robot()
-    datasets = open_datasets(config.data, robot, config.model.policy_setup, lambda text: print(text, flush=True))
+    datasets = open_datasets(
+        config.data, robot, config.model.policy_setup, lambda text: print(text, flush=True), may_record=False
+    )
     stats = norm_stats_of(robot, list(datasets.values()), shares_of(config.data))
     first = next(iter(datasets.values())).numbers(np.zeros(1, np.int64))[0]["state"]
     for name, rows in (("state", first.shape[-1]), ("actions", robot.action_dim)):

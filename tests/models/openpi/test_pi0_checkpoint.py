@@ -22,7 +22,7 @@ from rlinf.models.embodiment.openpi.checkpoint import (
     save_pi0,
 )
 from rlinf.models.embodiment.openpi.config import PI0, PI05, TINY, TINY_PI05
-from rlinf.models.embodiment.openpi.model import empty_pi0, stays_float32
+from rlinf.models.embodiment.openpi.model import build_pi0, empty_pi0, stays_float32
 from tests.models.openpi.pi0_samples import CONFIGS, random_model
 
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
@@ -250,6 +250,12 @@ def test_openpis_strict_loader_takes_what_is_saved(checkpoints, kind):
     assert not missing and not unexpected
     assert torch.equal(theirs.get_parameter(embedding), model.vlm.embed_tokens.weight)
     assert len(theirs.state_dict()) == len(model.state_dict()) + 2
+
+
+def test_equal_weights_make_equal_files(tmp_path):
+    model = build_pi0(TINY_PI05, generator=torch.Generator().manual_seed(0))
+    files = {save_pi0(model, tmp_path).read_bytes() for _ in range(8)}
+    assert len(files) == 1
 
 
 @KINDS

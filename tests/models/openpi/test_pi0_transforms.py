@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from rlinf.core.errors import ConfigError, DataError, ShapeError
+from rlinf.models.embodiment.openpi import transforms
 from rlinf.models.embodiment.openpi.config import PI0, TINY, TINY_PI05
 from rlinf.models.embodiment.openpi.dataconfig import DATA_CONFIGS, DataConfig, data_config
 from rlinf.models.embodiment.openpi.norm_stats import NormStats
@@ -63,6 +64,14 @@ def test_other_devices_resize_within_a_level():
     small = interpolate(images.float(), (224, 224), mode="bilinear", antialias=True).round().clamp(0, 255)
     cpu = resize_with_pad(images.permute(0, 2, 3, 1), 224, 224).permute(0, 3, 1, 2)
     assert (small - cpu.float()).abs().max() <= 1
+
+
+def test_many_pictures_are_resized_in_parts(monkeypatch):
+    images = torch.randint(0, 255, (7, 12, 16, 3), dtype=torch.uint8)
+    expected, asked, interpolate = resize_with_pad(images, 8, 8), [], transforms.F.interpolate
+    monkeypatch.setattr(transforms, "RESIZED_AT_ONCE", 3)
+    monkeypatch.setattr(transforms.F, "interpolate", lambda x, *a, **k: asked.append(len(x)) or interpolate(x, *a, **k))
+    assert torch.equal(resize_with_pad(images, 8, 8), expected) and asked == [3, 3, 1]
 
 
 def test_resizing_by_hand():

@@ -116,6 +116,8 @@ class Pi0ActorCritic(nn.Module):
         eval_noise: whether evaluation begins from noise, which whoever asks draws, or from zeros.
         frozen_mark: number of the model whose weights are kept; a state that was trained beside another is refused.
             0: of any.
+        anneal: the noise level follows a schedule, and comes with weights that are loaded. Otherwise it stays that of
+            `walk`.
 
     Raises ConfigError where more actions are executed than the model gives.
     """
@@ -136,6 +138,7 @@ class Pi0ActorCritic(nn.Module):
         value_hidden_dims: Sequence[int] = VALUE_HIDDEN_DIMS,
         eval_noise: bool = True,
         frozen_mark: int = 0,
+        anneal: bool = False,
     ) -> None:
         super().__init__()
         config = model.config
@@ -145,7 +148,7 @@ class Pi0ActorCritic(nn.Module):
             )
         self.model, self.pipeline, self.walk = model, pipeline, walk
         self.value_after_vlm, self.detach_critic_input = value_after_vlm, detach_critic_input
-        self.eval_noise = eval_noise
+        self.eval_noise, self.anneal = eval_noise, anneal
         device = model.action_in_proj.weight.device
         self.noise_head: nn.Module | None = None
         width = config.vlm.width if value_after_vlm else config.expert.width
@@ -194,6 +197,9 @@ class Pi0ActorCritic(nn.Module):
             raise CheckpointError(
                 "these weights were trained beside another frozen model; name theirs in actor.model.model_path"
             )
+        level = f"{prefix}noise_level"
+        if level in state_dict and not self.anneal:
+            state_dict = {**state_dict, level: self.noise_level}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- ActorCritic

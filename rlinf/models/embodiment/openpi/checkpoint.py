@@ -268,7 +268,7 @@ def save_pi0(model: Pi0, folder: str | Path) -> Path:
     """Write model.safetensors and config.json as openpi does, so that its loader and LeRobot's accept them.
 
     The token embedding is stored once, under the name of the tied `lm_head`; the expert's dead `lm_head`, which strict
-    loaders insist on, as zeros. Parameters keep their types.
+    loaders insist on, as zeros. Parameters keep their types. Equal weights make equal files.
 
     Returns the file. Raises CheckpointError when it cannot be written.
     """
@@ -290,8 +290,21 @@ def save_pi0(model: Pi0, folder: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, metadata={"format": "pt", tied: TIED})
+        _sort_metadata(part)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(part, file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} could not be written: {error}") from error
     return file
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the metadata of a safetensors file in order; safetensors writes them in one that changes with every call."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:  # the tensors' places are counted from its end
+            stream.seek(8)
+            stream.write(text)

@@ -38,8 +38,8 @@ class OpenpiCloningConfig(Config):
     )
     norm_stats_path: str | None = Field(
         None,
-        description="norm_stats.json, or a folder with it, by which states and actions are normalised. null: computed "
-        "from the data sets in their proportions.",
+        description="norm_stats.json, or a folder with it, by which states and actions are normalised. null: those of "
+        "this robot beside the weights in model_path, or else computed from the data sets in their proportions.",
     )
     tokenizer_path: str | None = Field(
         None,

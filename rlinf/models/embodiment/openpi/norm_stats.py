@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,10 @@ def read_norm_stats(path: str | Path, asset_id: str | None = None) -> dict[str, 
 
     Raises DataError, which names the places that were tried, or what is wrong in the file.
     """
-    path = Path(path)
-    places = [path] if path.is_file() else [folder / FILE for folder in _folders(path, asset_id)]
-    file = next((place for place in places if place.is_file()), None)
+    file = find_norm_stats(path, asset_id)
     if file is None:
-        raise DataError(f"there are no statistics at {' or '.join(map(str, places))}; write the path of {FILE}")
+        places = " or ".join(map(str, _places(Path(path), asset_id)))
+        raise DataError(f"there are no statistics at {places}; write the path of {FILE}")
     try:
         content = json.loads(file.read_text())["norm_stats"]
         return {name: _parse(file, name, entry) for name, entry in content.items()}
@@ -143,10 +142,16 @@ def read_norm_stats(path: str | Path, asset_id: str | None = None) -> dict[str, 
         raise DataError(f"{file} is not openpi's norm_stats.json ({error})") from error
 
 
-def _folders(path: Path, asset_id: str | None) -> Iterator[Path]:
-    yield path
-    if asset_id is not None:
-        yield from (path / asset_id, path / "assets" / asset_id)
+def find_norm_stats(path: str | Path, asset_id: str | None = None) -> Path | None:
+    """The file that `read_norm_stats` would read; None where there is none."""
+    return next((place for place in _places(Path(path), asset_id) if place.is_file()), None)
+
+
+def _places(path: Path, asset_id: str | None) -> list[Path]:
+    if path.is_file():
+        return [path]
+    below = () if asset_id is None else (path / asset_id, path / "assets" / asset_id)
+    return [folder / FILE for folder in (path, *below)]
 
 
 def _parse(file: Path, name: str, entry: Mapping[str, Any]) -> NormStats:

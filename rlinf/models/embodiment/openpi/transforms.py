@@ -32,6 +32,9 @@ Transform = Callable[[Sample], Sample]
 SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """The model's cameras, in the order of their tokens."""
 
+RESIZED_AT_ONCE = 256
+"""A whole collection of camera pictures would be 10 GB in float32, and more numbers than kernels can count."""
+
 
 def compose(transforms: Sequence[Transform]) -> Transform:
     """One after another."""
@@ -220,6 +223,8 @@ def resize_with_pad(images: Tensor, height: int, width: int) -> Tensor:
     current_height, current_width = images.shape[1:3]
     if (current_height, current_width) == (height, width):
         return images
+    if len(images) > RESIZED_AT_ONCE:
+        return torch.cat([resize_with_pad(part, height, width) for part in images.split(RESIZED_AT_ONCE)])
     ratio = max(current_width / width, current_height / height)
     new_height, new_width = int(current_height / ratio), int(current_width / ratio)
     x = images.permute(0, 3, 1, 2)
