@@ -87,6 +87,11 @@ def _strategy(value: Any, tree: Tree) -> Any:
     return "fsdp2" if value == "fsdp" else value
 
 
+def _dummy_driver(value: Any, tree: Tree) -> Any:
+    """A cell without hardware."""
+    return "fake"
+
+
 ALIASES: tuple[Alias, ...] = (
     Alias("algorithm.adv_type", "algorithm.loss_type", when=lambda value: value != "gae"),
     Alias("actor.model.model_type", "actor.model.model_type", _model_type),
@@ -114,6 +119,20 @@ ALIASES: tuple[Alias, ...] = (
     Alias("actor.model.openpi.action_env_dim", "actor.model.action_dim"),
     Alias("actor.model.state_dim", "actor.model.obs_dim"),
     Alias("algorithm.replay_buffer.auto_save_path", "algorithm.replay_buffer.storage_dir"),
+    *(
+        alias
+        for cell in ("env.train", "env.eval")
+        for alias in (
+            Alias(f"{cell}.no_gripper", f"{cell}.override_cfg.no_gripper"),
+            Alias(f"{cell}.override_cfg.max_num_steps", f"{cell}.max_episode_steps"),
+            Alias(
+                f"{cell}.override_cfg.is_dummy",
+                f"{cell}.override_cfg.driver",
+                _dummy_driver,
+                lambda dummy: dummy is True,
+            ),
+        )
+    ),
 )
 
 _PRECISION = "write actor.precision: fp32 or bf16"
@@ -123,6 +142,7 @@ _WEIGHTS = (
 )
 _NO_SUCH_TERM = "no loss here has such a term; remove the key"
 _ONLY_IN_PPO = "only PPO (loss_type: actor_critic) has this; remove the key"
+_WHOLE_FOLDER = "all of load_path is kept, or algorithm.demo_buffer.capacity transitions of it; remove the key"
 _FROM_ALGORITHM = "the heads follow from algorithm.loss_type; remove the key"
 
 RETIRED: Mapping[str, str] = {
@@ -141,6 +161,15 @@ RETIRED: Mapping[str, str] = {
     "algorithm.loss_agg_func": _ONLY_IN_PPO,
     "algorithm.replay_buffer.enable_cache": "the buffer is always in memory, or under storage_dir; remove the key",
     "algorithm.replay_buffer.auto_save": "checkpoints hold the buffer; write storage_dir to have it on disk",
+    "algorithm.demo_buffer.cache_size": _WHOLE_FOLDER,
+    "algorithm.demo_buffer.sample_window_size": _WHOLE_FOLDER,
+    "algorithm.demo_buffer.enable_cache": _WHOLE_FOLDER,
+    "algorithm.demo_buffer.min_buffer_size": "replay_buffer.min_buffer_size is what learning waits for; remove the key",
+    "algorithm.demo_buffer.auto_save*": "demonstrations stay in load_path (docs/collecting.md); remove the key",
+    "env.*.use_spacemouse": "write env.*.teleop: spacemouse, or none",
+    "env.*.keyboard_reward_wrapper": "write env.*.override_cfg.reward: keyboard",
+    "env.*.override_cfg.is_dummy": "write env.*.override_cfg.driver: fake for True; for False remove the key",
+    "env.*.camera_serials": "write env.*.override_cfg.cameras: {wrist_1: {driver: realsense, options: {serial: ...}}}",
     "env.*.enable_offload": "simulators stay on their device; remove the key",
     "env.*.reset_gripper_open": "the gripper opens in the num_steps_wait steps after a reset; remove the key",
     "env.*.init_params.camera_heights": "write env.*.image_size, height and width of every picture",

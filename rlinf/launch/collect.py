@@ -259,23 +259,31 @@ def open_stores(
             note(f"{options.dataset} holds {writer.num_episodes} episodes already")
         stores.append(DatasetStore(writer, options.lerobot.task, task_of(section)))
     if len(stores) == 2 and options.demos is not None and options.dataset is not None:
-        _catch_up(stores[0].num_episodes, stores[1], options.demos, options.dataset, note)
+        _catch_up(stores[0].num_episodes, stores[1], writer.info.total_frames, options.demos, options.dataset, note)
         return _Both(stores[0], stores[1])
     return stores[0]
 
 
-def _catch_up(there: int, store: Store, demos: str, dataset: str, note: Callable[[str], None]) -> None:
-    """Bring the last episodes of `demos` into the data set. Raises DataError where that has more, or other ones."""
+def _catch_up(there: int, store: Store, frames: int, demos: str, dataset: str, note: Callable[[str], None]) -> None:
+    """Bring the last episodes of `demos` into the data set, which has `frames` steps.
+
+    Raises DataError where that has more, or others: as many steps in as many episodes count as the same.
+    """
     missing = there - store.num_episodes
+    remedy = f"remove {dataset}, and it is written anew from those, or record into other folders"
     if missing < 0:
+        raise DataError(f"{dataset} has {-missing} episodes that {demos} has not: {remedy}")
+    episodes = list_episodes(demos)[1] if there else []
+    common = episodes[: store.num_episodes]
+    if (steps := sum(episode.end - episode.begin for episode in common)) != frames:
         raise DataError(
-            f"{dataset} has {-missing} episodes that {demos} has not: remove {dataset}, and it is written anew from "
-            "those, or record into other folders"
+            f"{dataset} has {frames} steps in {len(common)} episodes, {demos} {steps} in its first {len(common)}: "
+            f"they are not of the same episodes; {remedy}"
         )
     if not missing:
         return
     note(f"{dataset}: taking over {missing} episodes from {demos}")
-    for episode in list_episodes(demos)[1][-missing:]:
+    for episode in episodes[-missing:]:
         store.add(read_episode(demos, episode), torch.tensor([bool(episode.success)]))
 
 

@@ -1,4 +1,4 @@
-"""What the keys of the terminal do while a robot cell is trained."""
+"""What the keys of the terminal do while a robot cell is trained, or demonstrated to."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rlinf.core.desk import DESK
-from rlinf.core.errors import RlinfError
 from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.launch.config import Root
 from rlinf.metrics.keys import TerminalKeys
 
 HELP = "s success   f failure   Space stop   c, then y: clear the stop   Ctrl-C end"
+HELP_ELSEWHERE = "Space stop   c, then y: clear the stop   Ctrl-C end"
+"""Where the environment does not hear this terminal."""
+NOT_STOPPED = "NOT STOPPED by its server: use the robot's own stop"
 SURE_S = 5.0
 """A person who means to clear a stop says so within this time."""
 
@@ -49,15 +51,15 @@ class Controls:
     """Keys → what they do.
 
     Args:
-        say: leaves a word at the desk.
-        server: of the robot, None where the arm is moved by this process.
+        say: leaves a word at the desk; None where the environment is in another process.
+        server: of the robot; None where there is none, or none is known.
         note: shows a line.
         clock: seconds.
     """
 
     def __init__(
         self,
-        say: Callable[[str], None],
+        say: Callable[[str], None] | None,
         server: Server | None,
         note: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
@@ -69,10 +71,9 @@ class Controls:
         """What a key does. Clearing a stop takes two, one after the other."""
         sure = key == "y" and self._clock() - self._asked_s < SURE_S
         self._asked_s = -SURE_S
-        if key == "s":
-            self._say("success")
-        elif key == "f":
-            self._say("failure")
+        if key in ("s", "f"):
+            if self._say is not None:
+                self._say("success" if key == "s" else "failure")
         elif key == " ":
             self._stop()
         elif key == "c":
@@ -81,21 +82,32 @@ class Controls:
             self._clear()
 
     def _stop(self) -> None:
-        self._say("stop")
-        self._note("STOP: the arm is held where it is; c, then y, clears it")
-        self._with_server("stop", lambda server: server.stop("the operator pressed stop"))
+        if self._say is not None:
+            self._say("stop")
+        if self._server is None:
+            self._note("stop asked: the environment holds the arm in its next step, and says so")
+            return
+        self._note("stop asked…")
+        self._with_server(
+            lambda server: server.stop("the operator pressed stop"),
+            "stopped: the arm is held where it is; c, then y, clears it",
+            NOT_STOPPED,
+        )
 
     def _ask(self) -> None:
         if self._server is None:
-            self._note("there is no robot server to clear a stop at: a simulated arm is cleared by the next episode")
+            self._note(
+                "there is no robot server to clear a stop at: a simulated arm is cleared by the next episode, a robot "
+                "is looked at and the run begun again"
+            )
             return
         self._asked_s = self._clock()
         self._note(f"clear the stop? Look at the arm; if it may move, press y within {SURE_S:.0f} s")
 
     def _clear(self) -> None:
-        self._with_server("clear", lambda server: server.recover(), "the stop is cleared")
+        self._with_server(lambda server: server.recover(), "the stop is cleared", "the stop is not cleared")
 
-    def _with_server(self, what: str, act: Callable[[Server], None], done: str = "") -> None:
+    def _with_server(self, act: Callable[[Server], None], done: str, failed: str) -> None:
         """In a thread: an answer may take a second, and the next key may be the stop."""
         server = self._server
         if server is None:
@@ -104,29 +116,44 @@ class Controls:
         def run() -> None:
             try:
                 act(server)
-                if done:
-                    self._note(done)
-            except RlinfError as error:
-                self._note(f"{what}: {error}")
+            except Exception as error:  # whatever it is, the person must learn that it was not done
+                self._note(f"{failed} ({error})")
+            else:
+                self._note(done)
 
-        threading.Thread(target=run, name=what, daemon=True).start()
+        threading.Thread(target=run, name="robot server", daemon=True).start()
 
 
 @contextmanager
-def operator_keys(config: Root, teller: Teller) -> Iterator[None]:
-    """Keys while a robot cell is trained from a terminal; nothing elsewhere, or where the operator's device is it."""
+def operator_keys(config: Root, teller: Teller, *, here: bool | None = None) -> Iterator[None]:
+    """Keys while a robot cell is moved from a terminal by the clock.
+
+    There are none elsewhere, where the operator's device is the terminal, and where a key would reach nobody.
+
+    Args:
+        config: of the run.
+        teller: shows what the keys did.
+        here: whether the environment is in this process; None: as the run's placement says.
+    """
     env = config.env.train
-    if not isinstance(env, RealWorldConfig) or env.teleop == "keyboard":
+    if not isinstance(env, RealWorldConfig) or env.teleop == "keyboard" or not env.paced_by_clock():
         yield
         return
-    controls = Controls(lambda word: DESK.say(word, time.monotonic()), server_of(env), teller.note)
+    if here is None:
+        here = config.cluster.num_nodes == 1 and config.cluster.backend != "ray" and env.total_num_envs == 1
+    server = server_of(env)
+    if server is None and not here:
+        yield
+        return
+    say = (lambda word: DESK.say(word, time.monotonic())) if here else None
+    controls = Controls(say, server, teller.note)
     try:
         keys = TerminalKeys(controls.press)
     except OSError:
         yield
         return
     try:
-        teller.keys(HELP)
+        teller.keys(HELP if here else HELP_ELSEWHERE)
         yield
     finally:
         teller.keys("")
@@ -157,5 +184,6 @@ class RobotServer:
 
 
 def server_of(env: RealWorldConfig) -> Server | None:
-    """The robot server of a cell; None where the arm is moved by this process."""
-    return RobotServer(env.override_cfg.server_url()) if env.override_cfg.driver == "serl_http" else None
+    """The robot server of a cell; None where the arm is moved by this process, or only its own machine knows where."""
+    url = env.override_cfg.server_url() if env.override_cfg.driver == "serl_http" else ""
+    return RobotServer(url) if url else None

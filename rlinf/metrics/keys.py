@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import select
 import sys
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+LOG = logging.getLogger("rlinf.keys")
 POLL_S = 0.1
 
 
@@ -46,7 +49,8 @@ class TerminalKeys:
         self._thread.join()
         before, self._before = self._before, None
         if before is not None and self._is_ours():
-            self._termios.tcsetattr(self._fd, self._termios.TCSADRAIN, before)
+            with contextlib.suppress(self._termios.error):  # a terminal that is gone needs nothing back
+                self._termios.tcsetattr(self._fd, self._termios.TCSADRAIN, before)
 
     def _is_ours(self) -> bool:
         """Whether reading would not stop this process, as it does in the background."""
@@ -69,4 +73,7 @@ class TerminalKeys:
             if not text:
                 return  # the terminal was closed
             for key in text:
-                self._press(key)
+                try:
+                    self._press(key)
+                except Exception:  # noqa: PERF203  # the next key may be the stop
+                    LOG.exception("key %r", key)

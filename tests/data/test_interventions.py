@@ -42,6 +42,16 @@ def test_only_chunks_that_were_taken_over_change():
     assert (before.decision == -1).all()
 
 
+def test_holding_still_is_no_demonstration_unless_the_episode_ends_with_it():
+    before = trajectory([(0, 1, 0), (1, 0, 1), (2, 0, 0), (2, 1, 0)])
+    action, terminated = before.action.clone(), before.terminated.clone()
+    action[1, 0, 1] = action[2, 0, 0] = action[2, 1] = 0.0  # (2, 0) moves in its other action, the policy's
+    terminated[2, 1, 0] = True
+    after, shown = with_operators_decisions(dataclasses.replace(before, action=action, terminated=terminated))
+    assert shown.nonzero().tolist() == [[0, 1], [2, 1]]
+    assert (after.decision[1, 0, 2:] == 0).all()  # it was done all the same
+
+
 def test_without_an_operator_nothing_is_copied():
     before = trajectory([])
     after, taken_over = with_operators_decisions(before)

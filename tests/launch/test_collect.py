@@ -143,6 +143,9 @@ def test_an_episode_that_reached_one_form_reaches_the_other_later(
     delete_episodes(tmp_path / "demos", [0])
     with pytest.raises(DataError, match=r"has 1 episodes that .*demos has not: remove .*set"):
         collect(config, both(tmp_path, 5), Lines())
+    collect(config, options(tmp_path, 5, noise_std=0.5), Lines())
+    with pytest.raises(DataError, match=r"steps in 4 episodes.*not of the same episodes; remove .*set"):
+        collect(config, both(tmp_path, 5), Lines())
 
 
 COLLECT = ["collect", "reach", "--operator", "scripted", "--format", "both", "--fps", "10", "--episodes", "9"]
@@ -372,6 +375,9 @@ def test_the_status_line_is_wiped_by_the_next_one(monkeypatch: pytest.MonkeyPatc
     line.note("done")
     line.note("more")
     assert terminal.text == "a" * 19 + "\r\x1b[2Kdone\nmore\n"
+    line.keys("s success")  # as `operator_keys` shows them
+    line.keys("")
+    assert terminal.text.endswith("more\ns success\n")
 
 
 # ---- the robot cell

@@ -4,17 +4,19 @@ import os
 import pty
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rlinf.core.desk import MAX_AGE_S, Desk
-from rlinf.core.errors import RlinfError
+from rlinf.core.errors import ConfigError, RlinfError
 from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.envs.realworld.env import make
 from rlinf.envs.realworld.teleop.at_desk import AtDesk
 from rlinf.envs.realworld.teleop.operator import Command, ScriptedOperator
-from rlinf.launch.controls import SURE_S, Controls, RobotServer, server_of
+from rlinf.launch.controls import NOT_STOPPED, SURE_S, Controls, RobotServer, server_of
+from rlinf.launch.parse import load_config
 from rlinf.metrics.keys import TerminalKeys
 
 
@@ -59,13 +61,16 @@ def test_space_stops_at_once_by_both_ways():
     robot = Robot()
     panel, said, notes, _ = controls(robot)
     panel.press(" ")
-    assert said == ["stop"] and notes[0].startswith("STOP")
-    assert soon(lambda: robot.told == ["stop"])
+    assert said == ["stop"] and notes[0] == "stop asked…"
+    assert soon(lambda: robot.told == ["stop"] and notes[-1].startswith("stopped: the arm is held"))
     deaf = Robot("no answer from the robot server")
     panel, said, notes, _ = controls(deaf)
     panel.press(" ")
     assert said == ["stop"]
-    assert soon(lambda: notes[-1] == "stop: no answer from the robot server")
+    assert soon(lambda: notes[-1] == f"{NOT_STOPPED} (no answer from the robot server)")
+    panel, said, notes, _ = controls()
+    panel.press(" ")
+    assert said == ["stop"] and notes == ["stop asked: the environment holds the arm in its next step, and says so"]
 
 
 def test_a_stop_is_cleared_on_purpose_only():
@@ -94,9 +99,7 @@ def test_without_a_server_there_is_nothing_to_clear():
     panel, _, notes, _ = controls()
     panel.press("c")
     panel.press("y")
-    assert notes == [
-        "there is no robot server to clear a stop at: a simulated arm is cleared by the next episode"
-    ]  # fmt: skip
+    assert len(notes) == 1 and notes[0].startswith("there is no robot server to clear a stop at")
 
 
 def test_a_word_is_heard_once_and_while_it_is_new():
@@ -167,9 +170,57 @@ def test_keys_are_read_while_something_else_goes_on():
     os.close(slave)
 
 
+def test_a_key_that_fails_does_not_take_the_others_with_it(caplog):
+    master, slave = pty.openpty()
+    pressed: list[str] = []
+
+    def press(key: str) -> None:
+        if key == "x":
+            raise ValueError("no such thing")
+        pressed.append(key)
+
+    with open(slave, "rb", buffering=0, closefd=False) as terminal:
+        keys = TerminalKeys(press, terminal)
+        os.write(master, b"x ")
+        assert soon(lambda: pressed == [" "])
+        os.close(master)  # and the terminal goes away
+        os.close(slave)
+        keys.close()
+    assert "no such thing" in caplog.text
+
+
 def test_no_terminal_no_keys(tmp_path):
     with open(tmp_path / "file", "w+") as file, pytest.raises(OSError, match="no terminal"):
         TerminalKeys(print, file)
+
+
+# ---- keys of another set-up
+
+RECIPES = Path(__file__).parents[2] / "examples/embodiment/config"
+
+
+def test_other_spellings_of_a_cells_keys_are_taken_or_answered():
+    cell, buffer = "env.train.override_cfg", "algorithm.demo_buffer"
+    given = [f"{cell}.max_num_steps=50", "env.train.no_gripper=False"]
+    train = load_config("realworld_rlpd_cnn", given, RECIPES, has_gpu=lambda: False).env.train
+    assert (train.max_episode_steps, train.override_cfg.no_gripper, train.override_cfg.driver) == (50, False, "twin")
+    dummy = [f"{cell}.is_dummy=True", f"{cell}.cameras=null"]
+    assert (
+        load_config("realworld_rlpd_cnn", dummy, RECIPES, has_gpu=lambda: False).env.train.override_cfg.driver == "fake"
+    )
+    for key, said in {
+        f"{cell}.is_dummy=False": "remove the key",
+        f"{cell}.camera_serials=[1]": "driver: realsense",
+        f"{buffer}.cache_size=20": "algorithm.demo_buffer.capacity",
+        f"{buffer}.sample_window_size=20": "algorithm.demo_buffer.capacity",
+        f"{buffer}.min_buffer_size=1": "replay_buffer.min_buffer_size",
+        f"{buffer}.auto_save=True": "load_path",
+        "env.train.use_spacemouse=True": "teleop: spacemouse",
+        "env.train.keyboard_reward_wrapper=single_stage": "reward: keyboard",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            load_config("realworld_rlpd_cnn", [key], RECIPES, has_gpu=lambda: False)
+        assert said in str(error.value) and key.split("=")[0] in str(error.value)
 
 
 # ---- with our server
@@ -198,7 +249,6 @@ def test_a_server_is_stopped_and_cleared_with_the_right_tokens(monkeypatch):
 def test_keys_while_a_cell_is_trained(reach_configs, monkeypatch):
     from rlinf.core.desk import DESK
     from rlinf.launch import controls as panel
-    from rlinf.launch.parse import load_config
 
     class Keys:
         def __init__(self, press) -> None:
@@ -215,14 +265,28 @@ def test_keys_while_a_cell_is_trained(reach_configs, monkeypatch):
             seen.append(text)
 
     config = load_config("reach", [], reach_configs, has_gpu=lambda: False)
-    cell = RealWorldConfig(override_cfg={"driver": "fake"})
+    cell = RealWorldConfig(override_cfg={"driver": "fake"}, pace="realtime")
     monkeypatch.setattr(panel, "TerminalKeys", Keys)
-    heard = []
-    for train in (cell, cell.model_copy(update={"teleop": "keyboard"}), config.env.train):
-        seen: list[str] = []
-        with panel.operator_keys(
-            config.model_copy(update={"env": config.env.model_copy(update={"train": train})}), Teller()
-        ):
+    monkeypatch.delenv("RLINF_ROBOT_URL", raising=False)
+
+    def heard(train, here=None, **cluster):
+        seen.clear()
+        parts = {"env": {"train": train}, "cluster": cluster}
+        changed = {name: getattr(config, name).model_copy(update=update) for name, update in parts.items()}
+        with panel.operator_keys(config.model_copy(update=changed), Teller(), here=here):
             pass
-        heard.append((seen, DESK.hear(time.monotonic())))
-    assert heard == [([panel.HELP, "", "closed"], "failure"), ([], ""), ([], "")]
+        return list(seen), DESK.hear(time.monotonic())
+
+    seen: list[str] = []
+    both, none = ([panel.HELP, "", "closed"], "failure"), ([], "")
+    assert heard(cell) == both
+    assert heard(cell.model_copy(update={"teleop": "keyboard"})) == none
+    assert heard(cell.model_copy(update={"pace": "free"})) == none  # nothing hears them in simulated time
+    assert heard(config.env.train) == none
+    assert heard(cell, num_nodes=2) == none and heard(cell, backend="ray") == none
+    assert heard(cell, num_nodes=2, here=True) == both
+    served = cell.model_copy(update={"override_cfg": cell.override_cfg.model_copy(update={"driver": "serl_http"})})
+    assert heard(served) == both  # its address is not known here: no server, and no error
+    assert server_of(served) is None and heard(served, num_nodes=2) == none
+    monkeypatch.setenv("RLINF_ROBOT_URL", "http://127.0.0.1:5000")
+    assert heard(served, num_nodes=2) == ([panel.HELP_ELSEWHERE, "", "closed"], "")

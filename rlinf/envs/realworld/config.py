@@ -126,7 +126,8 @@ class PegInsertionConfig(Config):
     ee_pose_limit_min: Pose6 | None = Field(
         None,
         description="Lower corner of the box in which targets are kept: x, y, z in m, and turns about x, y, z from "
-        "the target's orientation in rad. null: 0.05, 0.05, 0 m and 0.01, 0.01, pi/6 rad below the target.",
+        "the target's orientation in rad, as far one way as the other. null: 0.05, 0.05, 0 m and 0.01, 0.01, pi/6 rad "
+        "below the target.",
     )
     ee_pose_limit_max: Pose6 | None = Field(None, description="The upper corner; null: likewise, with 0.1 m above it.")
     compliance_param: dict[str, float] = Field(
@@ -135,7 +136,12 @@ class PegInsertionConfig(Config):
     precision_param: dict[str, float] = Field(
         default_factory=dict, description="Gains of the way to where an episode begins, likewise."
     )
-    joint_reset_cycle: int = Field(200, ge=0, description="Joint reset before every n-th episode; 0: never.")
+    joint_reset_cycle: int = Field(
+        0,
+        ge=0,
+        description="Joint reset before every n-th episode; 0: never. The driver's reset joints must bring the tool "
+        "into the box (ee_pose_limit_min, _max).",
+    )
     lift_m: NonNegativeFloat = Field(0.1, description="Height by which a reset lifts the tool before it moves on.")
     lift_s: PositiveFloat = Field(1.0, description="Time for that.")
     reset_s: PositiveFloat = Field(1.5, description="Time for the way to where an episode begins.")
@@ -269,7 +275,12 @@ class PegInsertionConfig(Config):
         target = self.target()
         low = self.ee_pose_limit_min or (target[0] - 0.05, target[1] - 0.05, target[2], -0.01, -0.01, -math.pi / 6)
         high = self.ee_pose_limit_max or (target[0] + 0.05, target[1] + 0.05, target[2] + 0.1, 0.01, 0.01, math.pi / 6)
-        turn = tuple(max(abs(a), abs(b)) for a, b in zip(low[3:], high[3:]))
+        for axis, least, most in zip("xyz", low[3:], high[3:]):
+            if not math.isclose(-least, most, rel_tol=1e-3, abs_tol=1e-6):
+                raise ValueError(
+                    f"turns about {axis} from {least:g} to {most:g} rad: the limits are the same both ways, -a and a"
+                )
+        turn = high[3:]
         task = {
             "box_low": low[:3],
             "box_high": high[:3],
@@ -357,8 +368,8 @@ class RealWorldConfig(EnvConfig):
         if self.is_simulated():
             what = "the software twin" if cfg.driver == "twin" else "a tool in empty space"
             return (
-                f"no robot: {what} takes its place, {rate}. For a robot set env.train.override_cfg.driver to "
-                "serl_http, robot_url and target_ee_pose (docs/realworld.md)"
+                f"no robot: {what} takes its place, {rate}. For a robot: profile=gpu, and of env.train.override_cfg "
+                "robot_url and target_ee_pose (docs/realworld.md)"
             )
         return f"robot: {cfg.driver} at {cfg.server_url() or cfg.robot_ip}, {rate}; operator: {self.teleop}"
 

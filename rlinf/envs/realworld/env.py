@@ -71,6 +71,8 @@ def make(
         robot_wait_s=cfg.robot_wait_s,
         stop_wait_s=cfg.stop_wait_s,
         at_end=cfg.at_end,
+        lift_m=cfg.lift_m,
+        lift_s=cfg.lift_s,
         simulated=config.is_simulated(),
     )
     cell.open()
@@ -127,8 +129,6 @@ def _world(config: RealWorldConfig, cell: RobotCell, pace: Pace, arm: Arm, rende
         acting=cfg.compliance(),
         moving=cfg.precision(),
         joint_reset_cycle=cfg.joint_reset_cycle,
-        lift_m=cfg.lift_m,
-        lift_s=cfg.lift_s,
         reset_s=cfg.reset_s,
         gripper=not cfg.no_gripper,
         gripper_threshold=cfg.binary_gripper_threshold,
@@ -152,7 +152,8 @@ def _operator(config: RealWorldConfig, world: PegInsertion) -> Operator | None:
     if config.teleop == "scripted":
         noise = float(config.teleop_options.get("noise_std", 0.0))
         expert = PegInsertionExpert(noise, np.random.default_rng(config.seed))
-        return ScriptedOperator(lambda: Command(expert.act(world.full_state())[0].astype(float)))
+        script = ScriptedOperator(lambda: Command(expert.act(world.full_state())[0].astype(float)))
+        return AtDesk(script) if config.paced_by_clock() else script
     return AtDesk(None) if config.paced_by_clock() else None
 
 

@@ -41,7 +41,7 @@ class PegTask:
         relative, rotation, show_goal: what is observed; see `observation`.
         acting, moving: gains while the policy acts, and on the way to where an episode begins.
         joint_reset_cycle: joint reset before every n-th episode; 0: never.
-        lift_m, lift_s, reset_s: how that way is gone.
+        reset_s: time for that way.
         gripper: whether actions have a seventh element.
         gripper_threshold, gripper_s, gripper_penalty: what it means, takes and costs.
         judged_by: `pose`, `keyboard` or `classifier`.
@@ -57,9 +57,7 @@ class PegTask:
     show_goal: bool = False
     acting: Compliance = field(default_factory=Compliance)
     moving: Compliance = field(default_factory=Compliance)
-    joint_reset_cycle: int = 200
-    lift_m: float = 0.1
-    lift_s: float = 1.0
+    joint_reset_cycle: int = 0
     reset_s: float = 1.5
     gripper: bool = False
     gripper_threshold: float = 0.5
@@ -104,6 +102,7 @@ class PegInsertion:
         self._episodes = 0
         self._origin = cell.state.pose
         self._open = True  # the fingers, as last commanded
+        cell.asked_to_stop = self._is_asked_to_stop
         self._wants_pictures = bool(image_shapes)
         self._begun_with: dict[str, float] = {}
         self._interventions, self._strongest_n, self._idle = 0, 0.0, False
@@ -116,20 +115,19 @@ class PegInsertion:
         if not len(rows):
             return
         cell, task = self.cell, self._task
-        start = self._draw_start(np.random.default_rng(seeds[0]))
+        start, before = self._draw_start(np.random.default_rng(seeds[0])), cell.counts()
         if task.teleport:
             cell.put(start)
         else:
-            cell.clear_stop()
-            cell.set_compliance(task.moving)
-            self._go_to(start)
+            self._bring_to(start)
         cell.set_compliance(task.acting)
         self._episodes += 1
         self._origin = cell.state.pose.copy()
         self.goal.begin()
         self._takeover.reset()
         self._interventions, self._strongest_n, self._idle = 0, 0.0, False
-        self._begun_with = cell.counts()
+        self._begun_with = before | {"limited": cell.counts()["limited"]}
+        cell.listen()  # what the operator said of the episode before is over, but for a stop
         cell.metronome.begin()
 
     def advance(self, action: Tensor, active: Tensor) -> Outcome:
@@ -138,11 +136,15 @@ class PegInsertion:
         if not bool(active[0]):
             return Outcome(torch.zeros(1), none, none)
         cell, task = self.cell, self._task
+        cell.refresh()  # before anything is chosen on it
         intervention, mark = self._ask_operator()
+        if mark == "stop":
+            cell.stop_as_asked()
         given = action[0].numpy().clip(-1, 1) if intervention is None else intervention.action
         motion = motion_of(given.astype(float), cell.state.pose, task.action_scale, task.relative)
         cell.command(frames.moved(cell.state.pose, motion))
-        cost = self._move_gripper(float(given[ARM_DIM]) * task.action_scale[2]) if task.gripper else 0.0
+        fingers = task.gripper and not cell.gate.stopped
+        cost = self._move_gripper(float(given[ARM_DIM]) * task.action_scale[2]) if fingers else 0.0
         state = cell.wait()
         self._strongest_n = max(self._strongest_n, float(np.linalg.norm(state.force_n)))
         reward, success, failure = self._judge(mark)
@@ -190,9 +192,11 @@ class PegInsertion:
 
     def close(self) -> None:
         """Hold the arm or park it, and let go of everything."""
-        if self.operator is not None:
-            self.operator.close()
-        self.cell.close()
+        try:
+            self.cell.close()  # which may still move, and is stopped by the operator then
+        finally:
+            if self.operator is not None:
+                self.operator.close()
 
     # ---- for an operator who is a script
 
@@ -216,15 +220,29 @@ class PegInsertion:
         x, y, turn = generator.uniform(-1, 1, 3) * (task.random_xy_m, task.random_xy_m, task.random_rz_rad)
         return frames.moved(task.start, np.array([x, y, 0, 0, 0, turn]))
 
+    def _bring_to(self, start: np.ndarray) -> None:
+        """Move there. A robot that is stopped on its way begins anew when a person has cleared it."""
+        cell = self.cell
+        while True:
+            cell.clear_stop()
+            cell.set_compliance(self._task.moving)
+            self._go_to(start)
+            if cell.simulated or not cell.gate.stopped:
+                return
+
     def _go_to(self, start: np.ndarray) -> None:
         cell, task = self.cell, self._task
         if not task.gripper and self._episodes == 0:
             cell.gripper(0.0, task.gripper_s)  # the peg is between the fingers
         cycle = task.joint_reset_cycle
         if cycle and self._episodes and self._episodes % cycle == 0:
-            cell.go(cell.state.pose, task.lift_s, lift_m=task.lift_m, lift_s=task.lift_s)
-            cell.joint_reset()
-        cell.go(start, task.reset_s, lift_m=task.lift_m, lift_s=task.lift_s)
+            cell.lift()
+            if not cell.gate.stopped:
+                cell.joint_reset()
+        cell.go(start, task.reset_s)
+
+    def _is_asked_to_stop(self) -> bool:
+        return self.operator is not None and self.operator.read().mark == "stop"
 
     def _ask_operator(self) -> tuple[Intervention | None, str]:
         if self.operator is None:
@@ -240,8 +258,6 @@ class PegInsertion:
     def _judge(self, mark: str) -> tuple[float, bool, bool]:
         """Reward, success and failure of the step."""
         reward, success = self.goal.judge(self.cell.state.pose)
-        if mark == "stop":
-            self.cell.gate.stop("person", "the operator pressed stop", self.cell.state, self._pace.now())
         if self._task.judged_by == "keyboard":
             success = mark == "success"
             reward = float(success)

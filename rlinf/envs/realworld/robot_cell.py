@@ -15,6 +15,7 @@ import atexit
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from rlinf.envs.realworld.arm import Arm, ArmError, ArmState, Compliance
 from rlinf.envs.realworld.arms.serl_http import HttpRefusal
 from rlinf.envs.realworld.cameras.camera import Camera, CameraError
 from rlinf.envs.realworld.pacing import Metronome, Pace, SimulatedTime
-from rlinf.envs.realworld.safety import LIMIT_KINDS, STOP_KINDS, SafetyGate, SafetyLimits
+from rlinf.envs.realworld.safety import LIMIT_KINDS, STOP_KINDS, SafetyGate, SafetyLimits, Verdict
 
 LOG = logging.getLogger("rlinf.robot_cell")
 FIRST_PICTURE_S = 5.0
@@ -36,6 +37,7 @@ FRESH_S = 0.05
 SPEED_SHARE = 0.8
 """Ways to where an episode begins use this share of the gate's speed."""
 TRIES, ARRIVED_M, ARRIVED_RAD, SETTLE_S = 3, 0.005, 0.05, 0.3
+ASKED = "the operator pressed stop"
 NOBODY = "nobody: there is no robot"
 
 
@@ -51,6 +53,7 @@ class RobotCell:
         robot_wait_s: so long a robot or camera that is not heard of is waited for.
         stop_wait_s: so long a stopped arm waits for a person.
         at_end: `hold` or `joints`, see `close`.
+        lift_m, lift_s: how far up `lift` goes, and in which time.
         simulated: there is no robot, so nobody has to look at a stopped arm.
 
     Attributes:
@@ -58,7 +61,8 @@ class RobotCell:
         state: the newest measurement.
         metronome: the beat of the environment's steps.
         refused_by_robot: targets that the robot's own gate refused.
-        restarts: of all cameras.
+        asked_to_stop: whether the operator has asked for a stop since it was last called; polled while the arm moves or
+            is waited for between the steps of an episode.
     """
 
     def __init__(
@@ -72,14 +76,19 @@ class RobotCell:
         robot_wait_s: float = 30.0,
         stop_wait_s: float = 300.0,
         at_end: str = "hold",
+        lift_m: float = 0.1,
+        lift_s: float = 1.0,
         simulated: bool = False,
     ) -> None:
         self.arm, self.cameras = arm, dict(cameras)
         self.gate = SafetyGate(limits, 2 * period_s)
         self.metronome = Metronome(pace, period_s)
         self.refused_by_robot = 0
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.simulated = simulated
         self._pace, self._robot_wait_s, self._stop_wait_s = pace, robot_wait_s, stop_wait_s
-        self._at_end, self._simulated = at_end, simulated
+        self._at_end, self._lift_m, self._lift_s = at_end, lift_m, lift_s
+        self._verdict = Verdict(True)
         self._closed = self._connected = False
         self._told_stop = False
 
@@ -105,16 +114,19 @@ class RobotCell:
             raise
 
     def close(self) -> str:
-        """Hold the arm or move it to its reset joints, and let go. Returns what was done. May be called twice."""
+        """Hold the arm, or lift it and move it to its reset joints, and let go. May be called twice.
+
+        Returns what was done. The arm is let go of, whatever else fails.
+        """
         if self._closed:
             return ""
         self._closed = True
         atexit.unregister(self._leave_quietly)
-        done = self._leave_quietly() if self._connected else "never connected"
-        for camera in self.cameras.values():
-            camera.close()
-        self.arm.close()
-        return done
+        with ExitStack() as stack:
+            stack.callback(self.arm.close)
+            for camera in self.cameras.values():
+                stack.callback(camera.close)
+            return self._leave_quietly() if self._connected else "never connected"
 
     def _leave_quietly(self) -> str:
         try:
@@ -125,13 +137,20 @@ class RobotCell:
 
     def _leave(self) -> str:
         state = self.arm.state()
-        if self._at_end == "joints" and not self.gate.stopped and not state.error:
-            self.arm.joint_reset()
-            return "parked at the reset joints"
         if state.error:
             return f"left in error: {state.error}"
+        if not np.isfinite(state.pose).all():
+            return "left where it is; it measures no pose"
         self.arm.set_target_pose(state.pose)
-        return "held"
+        if self._at_end != "joints" or self.gate.stopped:
+            return "held"
+        self.state = state
+        self._start_gate()
+        self.lift()
+        if self.gate.stopped:
+            return f"held; stopped on the way: {self.gate.stopped}"
+        self.arm.joint_reset()
+        return "parked at the reset joints"
 
     # ---- a step
 
@@ -140,12 +159,18 @@ class RobotCell:
 
         A wish that a gate refuses leaves the arm where it is, and is counted.
         """
-        if self._pace.now() - self.state.time_s > FRESH_S:
-            self.measure()
+        self.refresh()
         now = self._pace.now()
-        verdict = self.gate.submit(wish, self.state, now)
+        self._verdict = verdict = self.gate.submit(wish, self.state, now)
         self._send(self.gate.target(self.state, now))
-        return verdict.limited
+        if not self.gate.slowed or "speed" in verdict.limited:
+            return verdict.limited
+        self.gate.counts["speed"] += 1  # the gate itself knows of no step that the target should have arrived in
+        return (*verdict.limited, "speed")
+
+    def refresh(self) -> ArmState:
+        """The newest measurement, taken anew if it is old: what a wish should be chosen on."""
+        return self.measure() if self._pace.now() - self.state.time_s > FRESH_S else self.state
 
     def hold(self) -> None:
         """Stay where the arm is."""
@@ -166,7 +191,7 @@ class RobotCell:
         try:
             self.state = self.arm.state()
         except ArmError as error:
-            self.state = self._wait_for("the robot", error, self.arm.state)
+            self.state = self._wait_for("the robot", error, self.arm.state, self._hear)
             self.hold()  # wherever it is by now
         self.gate.watch(self.state, self._pace.now())
         if self.gate.stopped and not self._told_stop:
@@ -184,7 +209,7 @@ class RobotCell:
                 found[name] = camera.newest().image
             except CameraError as error:  # noqa: PERF203  # one camera at a time
                 self.hold()
-                found[name] = self._wait_for(f"camera {name}", error, camera.newest).image
+                found[name] = self._wait_for(f"camera {name}", error, camera.newest, self.listen).image
                 self.measure()
         return found
 
@@ -201,7 +226,7 @@ class RobotCell:
         problem = self.gate.check_compliance(gains)
         if problem:
             raise ArmError(f"compliance: {problem}")
-        self.arm.set_compliance(gains)
+        self._again(lambda: self.arm.set_compliance(gains))
 
     def put(self, pose: np.ndarray) -> ArmState:
         """A simulated arm at rest at a pose [7], at once: what then happens is a function of the pose alone."""
@@ -213,18 +238,33 @@ class RobotCell:
         self._start_gate()
         return self.state
 
-    def go(self, pose: np.ndarray, seconds: float, *, lift_m: float = 0.0, lift_s: float = 1.0) -> ArmState:
-        """Move to a pose [7]: up first, then along a straight line; slower where the gate's speed demands it.
+    def lift(self) -> None:
+        """Straight up, as far as the box goes: out of a hole, and over what stands around."""
+        if self._lift_m > 0:
+            above = self.state.pose + np.array([0, 0, self._lift_m, 0, 0, 0, 0])
+            self._glide(np.array([*np.minimum(above[:3], self.gate.limits.box_high), *above[3:]]), self._lift_s)
+
+    def go(self, pose: np.ndarray, seconds: float) -> ArmState:
+        """Lift, then move to a pose [7] along a straight line; slower where the gate's speed demands it.
 
         After some tries that do not arrive, it stays where it is: the next episode begins there, and a line says so.
+        A stop, the operator's too, ends the way.
+
+        Raises ArmError when the arm is outside of the gate's box: no target would be taken.
         """
-        if lift_m > 0:
-            above = self.state.pose + np.array([0, 0, lift_m, 0, 0, 0, 0])
-            self._glide(np.array([*np.minimum(above[:3], self.gate.limits.box_high), *above[3:]]), lift_s)
+        if not self.gate.stopped:
+            self.lift()
         for _ in range(TRIES):
+            if self.gate.stopped:
+                break
             self._glide(pose, seconds)
+            if self._verdict.kind == "outside":
+                raise ArmError(
+                    f"{self._verdict.reason} (of the environment: ee_pose_limit_min and _max; where the reset joints "
+                    "are outside of them, joint_reset_cycle must be 0)"
+                )
             self._settle(pose)
-            if self._is_at(pose) or self.gate.stopped:
+            if self._is_at(pose):
                 break
         else:
             off = np.linalg.norm(self.state.pose[:3] - pose[:3])
@@ -238,14 +278,15 @@ class RobotCell:
         self._start_gate()
 
     def clear_stop(self) -> None:
-        """Wait until a stopped arm has been cleared by a person at the robot's server.
+        """Wait until a stopped arm has been cleared by a person at the robot's server. Stops asked for before are over.
 
         Raises ArmError when nobody does in `stop_wait_s`, or where there is no server to clear it at.
         """
         if not self.gate.stopped and not self.state.error:
             return
         reason = self.gate.stopped or self.state.error
-        if self._simulated:
+        if self.simulated:
+            self.asked_to_stop()
             self._try(self.arm.recover)
             self.measure()
             problem = self.gate.clear(NOBODY, self.state, self._pace.now())
@@ -262,6 +303,7 @@ class RobotCell:
         )
         deadline = self._pace.now() + self._stop_wait_s
         while True:
+            self.asked_to_stop()  # whoever pressed it knows that the arm is stopped
             state = self.measure()
             if not state.error and not self.gate.clear("cleared at the robot's server", state, self._pace.now()):
                 self._told_stop = False
@@ -269,6 +311,17 @@ class RobotCell:
             if self._pace.now() > deadline:
                 raise ArmError(f"the arm is stopped ({reason}) and nobody cleared it in {self._stop_wait_s:g} s")
             self._pass(ASK_AGAIN_S)
+
+    def listen(self) -> bool:
+        """Stop if the operator asks for it. Whether the arm is stopped."""
+        if self._hear():
+            self.measure()  # holds it where it is, and tells its server
+        return bool(self.gate.stopped)
+
+    def stop_as_asked(self) -> None:
+        """The operator wants a stop: hold the arm where it is, and stop its server, until a person clears both."""
+        self.gate.stop("person", ASKED, self.state, self._pace.now())
+        self.measure()
 
     # ---- books
 
@@ -294,7 +347,17 @@ class RobotCell:
         """Hold where the arm is. The next target is for the end of a step, so it may walk for a whole period."""
         self.gate.start(self.state, self._pace.now() - self.metronome.period_s)
 
+    def _hear(self) -> bool:
+        """Whether the operator has asked for a stop just now; the gate is stopped then, and nobody told yet."""
+        if not self.asked_to_stop() or self.gate.stopped:
+            return False
+        self.gate.stop("person", ASKED, self.state, self._pace.now())
+        return True
+
     def _send(self, target: np.ndarray) -> None:
+        if not np.isfinite(target).all():
+            LOG.warning("not sent: %s is no pose", target)
+            return
         try:
             self.arm.set_target_pose(target)
         except HttpRefusal as error:
@@ -306,7 +369,7 @@ class RobotCell:
     def _tell_stop(self) -> None:
         """Stop the robot's server too, so that a person clears both in one place."""
         LOG.warning("the arm is stopped: %s", self.gate.stopped)
-        self._send(self.state.pose)
+        self.hold()
         stop: Callable[[str], None] | None = getattr(self.arm, "stop", None)
         if stop is None:
             return
@@ -319,17 +382,31 @@ class RobotCell:
     def _try(self, what: Callable[[], Any]) -> None:
         """Do something that the arm may refuse: then it is held, and the next measurement tells."""
         try:
-            what()
+            self._again(what)
         except HttpRefusal as error:
             self.refused_by_robot += 1
             LOG.warning("refused by the robot: %s", error)
 
-    def _wait_for(self, what: str, problem: RlinfError, look: Callable[[], Any]) -> Any:
-        """What `look` returns, once it does. Raises its error after `robot_wait_s`."""
+    def _again(self, what: Callable[[], Any]) -> None:
+        """Do something, and once more if the link was lost meanwhile; an arm that then has an error stays stopped."""
+        try:
+            what()
+        except HttpRefusal:
+            raise
+        except ArmError as error:
+            LOG.warning("%s", error)
+            self.measure()  # waits for the link, and holds
+            if self.gate.stopped:
+                return
+            what()
+
+    def _wait_for(self, what: str, problem: RlinfError, look: Callable[[], Any], hear: Callable[[], object]) -> Any:
+        """What `look` returns, once it does; `hear` is called meanwhile. Raises its error after `robot_wait_s`."""
         LOG.warning("%s is waited for: %s", what, problem)
         deadline = self._pace.now() + self._robot_wait_s
         while True:
             self._pass(ASK_AGAIN_S)
+            hear()
             try:
                 found = look()
             except (ArmError, CameraError) as error:
@@ -355,13 +432,15 @@ class RobotCell:
         for k in range(1, count + 1):
             self.command(frames.interpolate(begin, pose, k / count))
             self.wait()
-            if self.gate.stopped:
+            if self.listen() or self._verdict.kind == "outside":
                 return
 
     def _settle(self, pose: np.ndarray) -> None:
         for _ in range(max(1, round(SETTLE_S / self.metronome.period_s))):
             self.command(pose)
             self.wait()
+            if self.listen():
+                return
 
     def _is_at(self, pose: np.ndarray) -> bool:
         away = float(np.linalg.norm(self.state.pose[:3] - pose[:3]))

@@ -149,6 +149,7 @@ class SafetyGate:
         events: the last of them but for limits, oldest first; refusals of one kind in a row are one.
         num_events: how many events there were.
         stopped: why the arm is stopped; empty if it is not.
+        slowed: whether the speed limits kept the last target from going as far as it would have.
     """
 
     def __init__(self, limits: SafetyLimits, max_period_s: float = 0.1) -> None:
@@ -156,7 +157,7 @@ class SafetyGate:
         self.counts: Counter[str] = Counter()
         self.events: deque[Event] = deque(maxlen=NUM_EVENTS)
         self.num_events = 0
-        self.stopped = ""
+        self.stopped, self.slowed = "", False
         turn = np.array(limits.max_rotation_rad, float)
         self._low, self._high = np.append(limits.box_low, -turn), np.append(limits.box_high, turn)  # [6]
         self._middle = frames.normalized(np.array(limits.orientation, float))
@@ -234,7 +235,7 @@ class SafetyGate:
     def target(self, state: ArmState, now: float) -> np.ndarray:
         """Where the arm is to be pulled now, [7]. Raises RuntimeError before `start` saw a finite pose."""
         period = min(max(now - self._last_s, 0.0), self._max_period_s)
-        self._last_s = max(now, self._last_s)
+        self._last_s, self.slowed = max(now, self._last_s), False
         self.watch(state, now)
         if self._held is None:
             raise RuntimeError("the safety gate was not started with a finite pose")
@@ -260,6 +261,8 @@ class SafetyGate:
             )
         )
         way = self._inside(wanted) - held
+        share = 1.001 * period
+        self.slowed = _length(way[:3]) > limits.max_speed * share or _length(way[3:]) > limits.max_turn_rate * share
         way[:3] = _shortened(way[:3], limits.max_speed * period)
         way[3:] = _shortened(way[3:], limits.max_turn_rate * period)
         return held + way

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +14,7 @@ from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.launch.cli.record import LEROBOT_OPTIONS
 from rlinf.launch.collect import CollectOptions, collect
 from rlinf.launch.config import Root
+from rlinf.launch.controls import operator_keys
 from rlinf.launch.parse import load_config
 from rlinf.launch.record_lerobot import DatasetOptions
 
@@ -61,7 +63,10 @@ def run(chosen: argparse.Namespace, recipe: str, config_dir: Path) -> None:
         from rlinf.envs.realworld.teleop.keyboard import HELP
 
         line.note(HELP)
-    tally = collect(config, options, line)
+    if isinstance(config.env.train, RealWorldConfig):
+        line.note(config.env.train.describe())
+    with operator_keys(config, line, here=True):
+        tally = collect(config, options, line)
     line.note(f"this session: {tally}")
     for folder in (demos, dataset):
         if folder is not None:
@@ -91,24 +96,32 @@ def folders(chosen: argparse.Namespace, recipe: str, config: Root) -> tuple[str 
 
 
 class StatusLine:
-    """Lines that stay, and below them, on a terminal, one that changes."""
+    """Lines that stay, and below them, on a terminal, one that changes. May be used from several threads."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._live, self._shown = stream, stream.isatty(), False
+        self._lock = threading.Lock()
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._wipe()
-        print(text, file=self._stream, flush=True)
+        with self._lock:
+            self._wipe()
+            print(text, file=self._stream, flush=True)
+
+    def keys(self, text: str) -> None:
+        """Which keys do what; empty: none do any more."""
+        if text:
+            self.note(text)
 
     def status(self, text: str) -> None:
         """The line that changes; nothing without a terminal."""
         if self._live:
             width = shutil.get_terminal_size((80, 24)).columns
-            self._wipe()
-            self._stream.write(text[: width - 1])
-            self._stream.flush()
-            self._shown = True
+            with self._lock:
+                self._wipe()
+                self._stream.write(text[: width - 1])
+                self._stream.flush()
+                self._shown = True
 
     def _wipe(self) -> None:
         if self._shown:

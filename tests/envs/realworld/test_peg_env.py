@@ -225,7 +225,8 @@ def test_by_the_clock_the_arm_lifts_and_goes_there_with_other_gains(monkeypatch)
 def test_what_an_operator_does_is_recorded_as_theirs():
     env = made()
     world = env._simulator
-    commands = iter([Command(np.zeros(6)), Command(np.array([0, 1.0, 0, 0, 0, 0])), *[Command(np.zeros(6))] * 9])
+    rest = Command(np.zeros(6))  # the first is asked for by the reset
+    commands = iter([rest, rest, Command(np.array([0, 1.0, 0, 0, 0, 0])), *[rest] * 9])
     world.operator = ScriptedOperator(lambda: next(commands))
     env.reset(0)
     steps = [act(env, 0.3, 0.1) for _ in range(8)]
@@ -509,6 +510,13 @@ def test_in_simulated_time_nobody_waits():
         ({"driver": "fake", "cameras": {"wrist_1": {"driver": "twin"}}}, "only driver twin"),
         ({"cameras": {"wrist_1": {"driver": "twin", "options": {"vew": "front"}}}}, "did you mean view"),
         ({"compliance_param": {"translational_stiffness": 9000.0}}, "max_force_n"),
+        (
+            {
+                "ee_pose_limit_min": (0.4, -0.1, 0, -0.01, -0.01, -0.1),
+                "ee_pose_limit_max": (0.6, 0.1, 1, 0.01, 0.01, 0.5),
+            },
+            "turns about z from -0.1 to 0.5 rad",
+        ),
         ({"ee_pose_limit_min": (0.6, 0, 0, 0, 0, 0), "ee_pose_limit_max": (0.5, 1, 1, 1, 1, 1)}, "ee_pose_limit_min"),
     ],
 )

@@ -61,7 +61,7 @@ class Camera:
     Args:
         name: for messages.
         source: the driver. One with `on_demand = True` (drawn pictures) is read when somebody asks, without a
-            thread.
+            thread, and its picture is new however long the drawing took.
         crop, size, stale_s, retries, retry_s: see `settings.CameraSettings`.
 
     Attributes:
@@ -109,7 +109,7 @@ class Camera:
             CameraError: the newest one is stale, there is none yet, or the camera was given up.
         """
         if self._on_demand:
-            self._take(self._source.read())
+            return self._take(self._source.read())
         deadline = time.monotonic() + wait_s
         with self._news:
             while True:
@@ -158,13 +158,15 @@ class Camera:
                     self._source.close()
                     return
 
-    def _take(self, picture: np.ndarray) -> None:
+    def _take(self, picture: np.ndarray) -> Frame:
         now = time.monotonic()
         image = scaled(cropped(picture, self._crop), *self._size)
         with self._news:
             number = 1 if self._frame is None else self._frame.number + 1
-            self._frame, self._problem = Frame(image, now, number), ""
+            self._frame = frame = Frame(image, now, number)
+            self._problem = ""
             self._news.notify_all()
+        return frame
 
 
 def check_crop(name: str, crop: tuple[float, float, float, float] | None) -> None:
