@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import rlinf
@@ -217,18 +217,17 @@ def run_record(chosen: argparse.Namespace) -> int:
     """Record demonstrations; what is there already is continued."""
     from rlinf.launch.cli.record import run
 
-    try:
-        run(chosen, chosen.config, chosen.dir or find_config_dir())
-    except KeyboardInterrupt:
-        print("interrupted; what was recorded is kept, the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return _recorded(run, chosen)
 
 
 def run_collect(chosen: argparse.Namespace) -> int:
     """Record what a person does; what is there already is continued."""
     from rlinf.launch.cli.collect import run
 
+    return _recorded(run, chosen)
+
+
+def _recorded(run: Callable[..., object], chosen: argparse.Namespace) -> int:
     try:
         run(chosen, chosen.config, chosen.dir or find_config_dir())
     except KeyboardInterrupt:
