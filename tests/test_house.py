@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -39,6 +40,16 @@ KEPT_APART = {
     "hydra": "rlinf/launch",
     "omegaconf": "rlinf/launch",
 }
+# What is imported of extras under a name that is not the distribution's.
+IMPORTED_AS = {"franky", "panda_py", "cv2", "hid", "gym_hil", "sapien", "robosuite", "libero", "bddl"}
+# Where modules may need an extra to be imported at all: what only its own recipes and commands load.
+HOMES_OF_EXTRAS = (
+    "rlinf.data.lerobot.",
+    "rlinf.envs.frankasim.gym_env",
+    "rlinf.envs.frankasim.kernel",
+    "rlinf.envs.maniskill.twin_",
+    "rlinf.runtime.ray_",
+)
 BANNED_MODULES = {"utils", "util", "common", "helpers", "helper", "manager", "managers", "misc"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -112,6 +123,37 @@ def test_import_of_the_package_is_quick_and_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def optional_modules() -> set[str]:
+    """What the extras install, as Python imports it; nothing that the package always has."""
+    lines = importlib.metadata.requires("rlinf") or []
+    named = {re.match(r"[\w-]+", line)[0] for line in lines}
+    always = {re.match(r"[\w-]+", line)[0] for line in lines if "extra ==" not in line}
+    return ({wanted.replace("-", "_") for wanted in named - always} | IMPORTED_AS) - {"rlinf"}
+
+
+def test_a_recipe_needs_the_packages_of_its_own_extras_only():
+    code = (
+        "import importlib, importlib.abc, pkgutil, sys\n"
+        "blocked, at_home, package = eval(sys.argv[1]), tuple(eval(sys.argv[2])), __import__('rlinf')\n"
+        "class Missing(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in blocked:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "for module in pkgutil.walk_packages(package.__path__, 'rlinf.'):\n"
+        "    if module.name.startswith(at_home) or module.name.endswith('__main__'):\n"
+        "        continue\n"
+        "    try:\n"
+        "        importlib.import_module(module.name)\n"
+        "    except Exception as problem:\n"
+        "        print(f'{module.name}: {problem}')\n"
+    )
+    command = [sys.executable, "-c", code, repr(optional_modules()), repr(HOMES_OF_EXTRAS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout, f"imported without the extras:\n{done.stdout}"
 
 
 # --- names and sizes ----------------------------------------------------------------------------------------

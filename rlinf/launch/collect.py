@@ -25,6 +25,7 @@ from rlinf.core.protocols import VectorEnv
 from rlinf.core.seeding import derive_seed, numpy_generator
 from rlinf.core.types import ActionOut, EnvStep, Obs, Trajectory
 from rlinf.data.demo_folder import list_episodes, read_episode
+from rlinf.data.lerobot.packages import check_packages
 from rlinf.data.trim import trim_idle
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.realworld.teleop.devices import DEVICES, open_operator
@@ -105,6 +106,8 @@ def collect(config: Root, options: CollectOptions, progress: Progress) -> Tally:
         TeleopError, MissingDependency: the operator's device is not there, or was lost.
         DataError: a folder holds something else, or the disk refuses; what was recorded before is safe.
     """
+    if options.dataset is not None:
+        check_packages()
     section = training_env(config)
     if config.actor.model.num_action_chunks != 1:
         raise ConfigError("a person gives one action at a time: set actor.model.num_action_chunks=1")

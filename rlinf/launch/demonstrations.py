@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from rlinf.core.errors import DataError
 from rlinf.core.ranks import ONE_RANK, Ranks
 from rlinf.core.seeding import derive_seed, torch_generator
 from rlinf.data.chunk_mixture import Ahead, MixedChunks
-from rlinf.data.lerobot.chunks import LeRobotChunks
 from rlinf.data.lerobot.layout import INFO_FILE
 from rlinf.launch.algorithm_config import PpoConfig
 from rlinf.launch.config import Root
@@ -24,6 +24,9 @@ from rlinf.models.embodiment.openpi.model import training_time
 from rlinf.models.embodiment.openpi.norm_stats import find_norm_stats, read_norm_stats
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 from rlinf.models.embodiment.openpi.transforms import resize_with_pad
+
+if TYPE_CHECKING:
+    from rlinf.data.lerobot.chunks import LeRobotChunks
 
 HOME = "HF_LEROBOT_HOME"
 RECORD = (
@@ -59,6 +62,8 @@ def read_demonstrations(config: Root) -> LeRobotChunks:
 
     Its numbers are checked against the statistics beside the weights.
     """
+    from rlinf.data.lerobot.chunks import LeRobotChunks  # an optional package, which other recipes do without
+
     model = config.actor.model
     assert isinstance(model, OpenpiConfig)  # the schema checks it
     robot = model.robot()

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlinf.core.errors import ConfigError, DataError
-from rlinf.data.lerobot.chunks import LeRobotChunks
 from rlinf.data.lerobot.layout import INFO_FILE, find_root, read_info
 from rlinf.launch.record import expert_stage
 from rlinf.launch.record_lerobot import DatasetOptions, record_episodes
 from rlinf.launch.sft_config import DatasetConfig, SourcesConfig
 from rlinf.models.embodiment.openpi.dataconfig import DataConfig
 from rlinf.models.embodiment.openpi.transforms import resize_with_pad
+
+if TYPE_CHECKING:
+    from rlinf.data.lerobot.chunks import LeRobotChunks
 
 
 def open_datasets(
@@ -31,6 +34,8 @@ def open_datasets(
 
     Raises DataError naming file and feature where one is missing, damaged or of another robot.
     """
+    from rlinf.data.lerobot.chunks import LeRobotChunks
+
     assert sources.datasets is not None
     for name, part in sources.datasets.items():
         if part.record is not None:

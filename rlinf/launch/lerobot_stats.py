@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlinf.core.errors import DataError
-from rlinf.data.lerobot.chunks import LeRobotChunks
 from rlinf.models.embodiment.openpi.dataconfig import DataConfig
 from rlinf.models.embodiment.openpi.norm_stats import NormStats, mixed_norm_stats
 from rlinf.models.embodiment.openpi.transforms import DeltaActions, pad_to
+
+if TYPE_CHECKING:
+    from rlinf.data.lerobot.chunks import LeRobotChunks
 
 FARTHEST = 100.0
 """In units of the statistics; real outliers are below 10."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -27,7 +27,7 @@ from rlinf.core.errors import ConfigError
 from rlinf.core.protocols import VectorEnv
 from rlinf.core.types import EnvSpaces, Trajectory
 from rlinf.data.lerobot.layout import Feature
-from rlinf.data.lerobot.writer import LeRobotWriter
+from rlinf.data.lerobot.packages import check_packages
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.maniskill.config import ManiSkillConfig
 from rlinf.envs.realworld.config import RealWorldConfig
@@ -35,6 +35,9 @@ from rlinf.launch.build import control_mode_of
 from rlinf.launch.config import Root
 from rlinf.launch.demonstrators import Demonstrator, StepByStep
 from rlinf.launch.record import record_into, stage, task_of, training_env
+
+if TYPE_CHECKING:
+    from rlinf.data.lerobot.writer import LeRobotWriter
 
 TASK_TEXTS = {
     "PandaPutOnPlateInScene25DigitalTwin-v1": "Pick up the object on the table and place it into the white tray.",
@@ -93,6 +96,7 @@ def record_dataset(
         ConfigError: there is no expert for the task, no rate for the frames, or no text for the task.
         DataError: `output` holds something else, or no round has a success.
     """
+    check_packages()
     section, setup = training_env(config), config.actor.model.policy_setup
     frames_per_second(section, options.fps)  # before the simulator starts
     with stage(config, checkpoint, noise_std) as (env, player):
@@ -145,6 +149,8 @@ def open_dataset(
     interventions: bool = False,
 ) -> LeRobotWriter:
     """A writer for episodes of an environment that was made from `section`; it commits when it is told to."""
+    from rlinf.data.lerobot.writer import LeRobotWriter  # an optional package, which other forms do without
+
     return LeRobotWriter(
         output,
         fps=rate,

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlinf.core.errors import MissingDependency
 
+PACKAGES = ("pyarrow", "av")
 INSTALL_COMMAND = "bash requirements/install.sh embodied --lerobot"
 
 
@@ -19,3 +20,9 @@ def require(module: str) -> Any:
             f"LeRobot data sets need {module.partition('.')[0]} ({error}): pip install 'rlinf[lerobot]', or "
             f"{INSTALL_COMMAND}"
         ) from error
+
+
+def check_packages() -> None:
+    """Raise MissingDependency unless data sets can be read and written here."""
+    for package in PACKAGES:
+        require(package)

@@ -6,17 +6,22 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlinf.data.lerobot.layout import Feature, find_root
-from rlinf.data.lerobot.meta import Meta, read_meta
+
+if TYPE_CHECKING:
+    from rlinf.data.lerobot.meta import Meta
 
 MAX_TASKS = 10
 
 
 def show(path: str, *, check: bool, num_threads: int) -> int:
     """Print what a data set holds; the exit code is 1 when the check finds something."""
+    from rlinf.data.lerobot.meta import read_meta
+
     meta = read_meta(find_root(path))
     width = shutil.get_terminal_size((80, 24)).columns
     for line in describe(meta):
