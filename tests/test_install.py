@@ -195,3 +195,23 @@ def test_a_recipe_for_another_simulator_than_the_installed_ones_installs_it(repo
     stamp.write_text("hash\ndev\n")
     assert len(calls(repository, "run_embodiment.sh", "reach_sac_mlp")) == 1
     assert calls(repository, "run_embodiment.sh", "maniskill_sac_mlp")[0] == "install embodied --env maniskill"
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "parts"),
+    [
+        (["libero_spatial_dsrl_openpi"], "--env libero --model openpi", "libero\nopenpi"),
+        (
+            ["maniskill_ppo_co_training_openpi_pi05_tiny"],
+            "--env maniskill --model openpi --lerobot",
+            "lerobot\nmaniskill\nopenpi",
+        ),
+        (["maniskill_sac_mlp", "--format", "lerobot"], "--env maniskill --lerobot", "lerobot\nmaniskill"),
+    ],
+)
+def test_models_and_data_sets_that_a_recipe_needs_are_installed(repository, words, options, parts):
+    script = "record_demos.sh" if "--format" in words else "run_embodiment.sh"
+    assert calls(repository, script, *words)[0] == f"install embodied {options}"
+    assert calls(repository, script, *words)[0] == f"install embodied {options}"  # something is missing still
+    (repository / ".venv/rlinf-install.stamp").write_text(f"hash\n{parts}\n")
+    assert calls(repository, script, *words)[0].startswith("python ")
