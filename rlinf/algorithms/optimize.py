@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from rlinf.core.errors import CheckpointError
 from rlinf.core.protocols import Network
@@ -195,11 +196,42 @@ class Stepper:
         norm = torch.linalg.vector_norm(grad)
         if self.settings.clip_grad is not None:
             grad.mul_((self.settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-        step_if_finite(self.optimizer, self.lr, norm)
+        self._move(norm)
         for parameter in self.parameters:
             parameter.grad = None
         self.steps += 1
         return norm
+
+    def _move(self, norm: Tensor) -> None:
+        """`step_if_finite`, by Adam's function alone once its moments are there.
+
+        What torch's class does around it takes longer than the step itself of a small network.
+        """
+        state = self.optimizer.state[self.flat]
+        if not state or self.settings.weight_decay > 0:  # AdamW's function has another name in older torch
+            step_if_finite(self.optimizer, self.lr, norm)
+            return
+        group, flat = self.optimizer.param_groups[0], self.flat
+        group["lr"] = self.lr
+        assert flat.grad is not None
+        with torch.no_grad():
+            adam(
+                [flat],
+                [flat.grad],
+                [state["exp_avg"]],
+                [state["exp_avg_sq"]],
+                [],
+                [state["step"]],
+                fused=True,
+                found_inf=(~torch.isfinite(norm)).to(torch.float32),
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=self.lr,
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step count."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,10 @@ Weighting = Literal["token-mean", "seq-mean-token-mean"]
 
 DEFAULT_OPTIMIZER = OptimizerSettings()
 ADVANTAGE_EPSILON = 1e-5
+SHUFFLED_WHOLE_BYTES = 1 << 26
+"""A collection of so many bytes is put in order once per pass, which takes less time than to pick every minibatch from
+it; of a larger one, with pictures, that would be too much memory.
+"""
 
 
 def reduce_to(level: Level, x: Float[Tensor, "*b H A"]) -> Float[Tensor, "*b n"]:
@@ -136,6 +141,12 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.returns)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of observations and decisions; the rest is a few numbers for each."""
+        leaves = [self.decision, *(leaf for _, leaf in tree.leaves(self.obs) if isinstance(leaf, Tensor))]
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
     def take(self, rows: Tensor | slice) -> Samples:
         """Those rows."""
@@ -243,7 +254,7 @@ class PPO:
         self._segments: list[Trajectory] = []
         self._samples: Samples | None = None
         self._samples_per_pass = 0
-        self._order: list[Tensor] = []
+        self._minibatches: list[Callable[[], Samples]] = []
         self._passes_left = self.update_epoch
 
     def observe(self, trajectory: Trajectory) -> None:
@@ -264,19 +275,26 @@ class PPO:
         if self._samples is None:
             self._samples, metrics = self._prepare()
             self._samples_per_pass = min(self.ranks.gather(len(self._samples)))
-        if not self._order:
+        if not self._minibatches:
             if self._passes_left == 0:
                 return metrics
             self._passes_left -= 1
-            shuffled = torch.randperm(len(self._samples), generator=self.generator).to(self.device)
-            self._order = list(shuffled[: self._samples_per_pass].split(self.batch_size))
-        metrics |= self._step(self._samples.take(self._order.pop(0)))
+            self._minibatches = self._shuffled(self._samples)
+        metrics |= self._step(self._minibatches.pop(0)())
         self.updates += 1
         if self._moved_too_far(metrics):
-            self._order, self._passes_left = [], 0
-        if not self._order and self._passes_left == 0:
+            self._minibatches, self._passes_left = [], 0
+        if not self._minibatches and self._passes_left == 0:
             self._end_collection(self._samples)
         return metrics
+
+    def _shuffled(self, samples: Samples) -> list[Callable[[], Samples]]:
+        """The minibatches of a pass, made when they are asked for."""
+        rows = torch.randperm(len(samples), generator=self.generator).to(self.device)[: self._samples_per_pass]
+        if samples.num_bytes > SHUFFLED_WHOLE_BYTES:
+            return [partial(samples.take, some) for some in rows.split(self.batch_size)]
+        ordered, size = samples.take(rows), self.batch_size
+        return [partial(ordered.take, slice(i, i + size)) for i in range(0, len(rows), size)]
 
     def _end_collection(self, samples: Samples) -> None:
         """What may change the policy besides its weights; not before, or ratios would not begin at 1."""
@@ -407,7 +425,8 @@ class PPO:
 
     def _step(self, batch: Samples) -> Metrics:
         """One optimizer step of both networks, of the value function alone while it warms up."""
-        parts = [batch.take(slice(i, i + self.micro_batch_size)) for i in range(0, len(batch), self.micro_batch_size)]
+        size = self.micro_batch_size
+        parts = [batch.take(slice(i, i + size)) for i in range(0, len(batch), size)] if len(batch) > size else [batch]
         steppers = {"critic": self.value_stepper}
         if self.updates >= self.critic_warmup_steps:
             steppers["actor"] = self.policy_stepper

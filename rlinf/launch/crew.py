@@ -6,7 +6,7 @@ the worker's rank, not of where it sits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
@@ -89,6 +89,28 @@ class Layout:
         return self.learned_by[source] if self.learned_by is not None else (0,)
 
 
+@dataclass(frozen=True)
+class Talk:
+    """What the workers of a run, or of an evaluation, talk by.
+
+    Attributes:
+        obs: from environments to policies.
+        actions: back.
+        experience: from environments to learners.
+        stop: says to all that the run is to end.
+    """
+
+    obs: Channel
+    actions: Channel
+    experience: Channel
+    stop: Flag
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """Those that are closed when a worker fails."""
+        return self.obs, self.actions, self.experience
+
+
 def build_crew(
     config: Root, runtime: Runtime, layout: Layout | None = None, *, device: torch.device | None = None
 ) -> Crew:
@@ -96,35 +118,31 @@ def build_crew(
     layout = layout or Layout()
     stages = config.rollout.pipeline_stage_num
     sources = [(rank, stage) for rank in range(len(layout.env)) for stage in range(stages)]
-    stop, weights = runtime.flag(), runtime.weights("policy", layout.rollout)
-    obs, actions = _talk(runtime, layout, sources, "")
-    experience = runtime.channel("experience", dict(enumerate(layout.learner)), confirm=True)
-    channels = (obs, actions, experience)
-    envs = [
-        partial(_env_worker, config, rank, layout, obs, actions, experience, stop)
-        for rank in range(len(layout.env))
-    ]  # fmt: skip
-    env = runtime.group(config.env.group_name, envs, layout.env, channels=channels, stop=stop)
+    weights = runtime.weights("policy", layout.rollout)
+    talk = _open_talk(runtime, layout, sources, runtime.flag(), "", dict(enumerate(layout.learner)))
+    group = partial(runtime.group, channels=talk.channels, stop=talk.stop)
+    envs = [partial(_env_worker, config, rank, layout, talk) for rank in range(len(layout.env))]
+    env: Group[EnvWorker] = group(config.env.group_name, envs, layout.env)
     try:
         spaces = spaces_of(env)
         rollouts = [
-            partial(_rollout_worker, config, spaces, obs, actions, weights, device, name=str(rank),
+            partial(_rollout_worker, config, spaces, talk, weights, device, name=str(rank),
                     sources=[source for source in sources if layout.answerer(source) == rank],
                     noise_correlation=config.rollout.noise_correlation)
             for rank in range(len(layout.rollout))
         ]  # fmt: skip
         meeting_point = runtime.meeting_point(layout.learner[0])
         learners = [
-            partial(_learner_worker, config, spaces, experience, weights, stop, device, rank, layout, meeting_point)
+            partial(_learner_worker, config, spaces, talk, weights, device, rank, layout, meeting_point)
             for rank in range(len(layout.learner))
         ]
         # The learner first: what is wrong with its checkpoint or demonstrations should be said first.
-        learner = runtime.group(config.actor.group_name, learners, layout.learner, channels=channels, stop=stop)
-        rollout = runtime.group(config.rollout.group_name, rollouts, layout.rollout, channels=channels, stop=stop)
+        learner: Group[LearnerWorker] = group(config.actor.group_name, learners, layout.learner)
+        rollout: Group[RolloutWorker] = group(config.rollout.group_name, rollouts, layout.rollout)
     except BaseException:
         close_envs(env)
         raise
-    return Crew(env, rollout, learner, stop, weights, runtime, config.cluster.max_restarts)
+    return Crew(env, rollout, learner, talk.stop, weights, runtime, config.cluster.max_restarts)
 
 
 def build_evaluator(
@@ -146,27 +164,23 @@ def build_evaluator(
     """
     if config.env.eval is None:
         raise ConfigError("there is no env.eval to evaluate in; add it to the configuration")
-    layout, section, stop = layout or Layout(), config.env.eval, stop or runtime.flag()
+    layout, section = layout or Layout(), config.env.eval
     weights = weights or runtime.weights("evaluated", layout.rollout)
     sources = [(rank, 0) for rank in range(len(layout.env))]
-    obs, actions = _talk(runtime, layout, sources, "eval ")
-    experience = runtime.channel("eval experience", {})  # nothing is learned from evaluation
-    channels = (obs, actions, experience)
-    envs = [
-        partial(_eval_worker, config, rank, layout, obs, actions, experience, stop) for rank in range(len(layout.env))
-    ]
-    name = f"{config.env.group_name} for evaluation"
-    env = runtime.group(name, envs, layout.env, channels=channels, stop=stop)
+    talk = _open_talk(runtime, layout, sources, stop or runtime.flag(), "eval ", {})  # nothing is learned from it
+    group = partial(runtime.group, channels=talk.channels, stop=talk.stop)
+    envs = [partial(_eval_worker, config, rank, layout, talk) for rank in range(len(layout.env))]
+    env: Group[EnvWorker] = group(f"{config.env.group_name} for evaluation", envs, layout.env)
     try:
         spaces = spaces_of(env)
         check_spaces(config, spaces)
         rollouts = [
-            partial(_rollout_worker, config, spaces, obs, actions, weights, device, name="eval",
+            partial(_rollout_worker, config, spaces, talk, weights, device, name="eval",
                     sources=[source for source in sources if layout.answerer(source) == rank])
             for rank in range(len(layout.rollout))
         ]  # fmt: skip
         name = f"{config.rollout.group_name} for evaluation"
-        rollout = runtime.group(name, rollouts, layout.rollout, channels=channels, stop=stop)
+        rollout: Group[RolloutWorker] = group(name, rollouts, layout.rollout)
     except BaseException:
         close_envs(env)
         raise
@@ -198,25 +212,24 @@ def close_envs(env: Group[EnvWorker]) -> None:
     env.end()
 
 
-def _talk(runtime: Runtime, layout: Layout, sources: Sequence[Source], prefix: str) -> tuple[Channel, Channel]:
-    """The channels between environments and policies: observations and actions."""
+def _open_talk(
+    runtime: Runtime, layout: Layout, sources: Sequence[Source], stop: Flag, prefix: str, learners: Mapping[int, int]
+) -> Talk:
+    """New channels whose names begin with `prefix`; `learners` is the process of each rank that takes experience."""
     obs = {source: layout.rollout[layout.answerer(source)] for source in sources}
     actions = {source: layout.env[source[0]] for source in sources}
-    return runtime.channel(f"{prefix}obs", obs), runtime.channel(f"{prefix}actions", actions)
+    return Talk(
+        runtime.channel(f"{prefix}obs", obs),
+        runtime.channel(f"{prefix}actions", actions),
+        runtime.channel(f"{prefix}experience", learners, confirm=bool(learners)),
+        stop,
+    )
 
 
 # ---- builders: called in the process of the worker
 
 
-def _env_worker(
-    config: Root,
-    rank: int,
-    layout: Layout,
-    obs: Channel,
-    actions: Channel,
-    experience: Channel,
-    stop: Flag,
-) -> EnvWorker:
+def _env_worker(config: Root, rank: int, layout: Layout, talk: Talk) -> EnvWorker:
     train, stages = config.env.train, config.rollout.pipeline_stage_num
     seed = _seed_of_rank(derive_seed(config.runner.seed, f"env/{train.seed}"), rank)
     cores = cores_for_training_envs(config, layout.beside(layout.env[rank]))
@@ -227,10 +240,10 @@ def _env_worker(
     return EnvWorker(
         rank,
         envs,
-        obs,
-        actions,
-        experience,
-        stop,
+        talk.obs,
+        talk.actions,
+        talk.experience,
+        talk.stop,
         num_action_chunks=config.actor.model.num_action_chunks,
         seed=seed,
         auto_reset=train.auto_reset,
@@ -239,9 +252,7 @@ def _env_worker(
     )
 
 
-def _eval_worker(
-    config: Root, rank: int, layout: Layout, obs: Channel, actions: Channel, experience: Channel, stop: Flag
-) -> EnvWorker:
+def _eval_worker(config: Root, rank: int, layout: Layout, talk: Talk) -> EnvWorker:
     section = config.env.eval
     assert section is not None
     filming, seed = section.video_cfg.save_video, _seed_of_rank(section.seed, rank)
@@ -252,10 +263,10 @@ def _eval_worker(
     return EnvWorker(
         rank,
         envs,
-        obs,
-        actions,
-        experience,
-        stop,
+        talk.obs,
+        talk.actions,
+        talk.experience,
+        talk.stop,
         num_action_chunks=config.actor.model.num_action_chunks,
         seed=section.seed,
         auto_reset=True,
@@ -265,8 +276,7 @@ def _eval_worker(
 def _rollout_worker(
     config: Root,
     spaces: EnvSpaces,
-    obs: Channel,
-    actions: Channel,
+    talk: Talk,
     weights: Weights,
     device: torch.device | None,
     *,
@@ -280,8 +290,8 @@ def _rollout_worker(
         load_weights_into(acting, published[1], "the checkpoint")
     return RolloutWorker(
         acting.to(device),
-        obs,
-        actions,
+        talk.obs,
+        talk.actions,
         weights,
         sources=sources,
         generator=torch_generator(config.runner.seed, f"policy/{name}", device),
@@ -294,9 +304,8 @@ def _rollout_worker(
 def _learner_worker(
     config: Root,
     spaces: EnvSpaces,
-    experience: Channel,
+    talk: Talk,
     weights: Weights,
-    stop: Flag,
     device: torch.device | None,
     rank: int,
     layout: Layout,
@@ -314,9 +323,9 @@ def _learner_worker(
     num_threads = num_learner_threads(config, layout.beside(layout.learner[rank]))
     return LearnerWorker(
         algorithm,
-        experience,
+        talk.experience,
         weights,
-        stop,
+        talk.stop,
         ranks=ranks,
         num_threads=num_threads,
         offload_from=device if config.actor.enable_offload else None,

@@ -31,7 +31,7 @@ from rlinf.launch.machine import (
     prepare_process,
     simulates_on_cpu,
 )
-from rlinf.launch.parameters import describe_parameters
+from rlinf.launch.parameters import describe_memory, describe_parameters
 from rlinf.launch.parse import load_config
 from rlinf.launch.prerequisites import check_pi0, make_missing_decoder, record_missing_demos
 from rlinf.launch.processes import Venue, open_runtime, open_venue
@@ -120,7 +120,8 @@ def _train(
             reporter.note(memory)
         reporter.note(describe_parameters(crew.learner))
         objects = remark_on_objects({"env.train": config.env.train, "env.eval": config.env.eval})
-        for remark in (objects, remark_on_decoder(config), describe_batches(config, len(layout.learner))):
+        memory = describe_memory(crew.learner, crew.rollout)
+        for remark in (memory, objects, remark_on_decoder(config), describe_batches(config, len(layout.learner))):
             if remark is not None:
                 reporter.note(remark)
         last_step = _resume(crew, checkpoint, config) if checkpoint is not None else 0

@@ -7,7 +7,8 @@ import torch
 from segments import ACTION, STATE, network, played
 from torch import nn
 
-from rlinf.algorithms.optimize import OptimizerSettings
+from rlinf.algorithms import ppo as ppo_module
+from rlinf.algorithms.optimize import OptimizerSettings, Stepper
 from rlinf.algorithms.ppo import PPO, explained_variance, policy_loss, reduce_to, value_loss
 from rlinf.core.errors import CheckpointError
 from rlinf.models.modules.running_norm import RunningNorm
@@ -125,6 +126,46 @@ def test_the_collection_is_gone_through_in_new_orders_and_then_used_up():
     assert ppo.update() == {}
     ppo.observe(played(ppo.network, seed=1))
     assert ppo.update()
+
+
+def test_a_collection_too_large_to_be_put_in_order_gives_the_same_minibatches(monkeypatch):
+    weights = []
+    for limit in (ppo_module.SHUFFLED_WHOLE_BYTES, 0):
+        monkeypatch.setattr(ppo_module, "SHUFFLED_WHOLE_BYTES", limit)
+        ppo = make_ppo(network(), batch_size=7)
+        ppo.observe(played(ppo.network))
+        while ppo.update():
+            pass
+        assert ppo.updates == 8
+        weights.append(torch.cat([p.detach().flatten() for p in ppo.network.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_a_step_is_that_of_torchs_adam_and_none_where_a_gradient_is_not_finite():
+    """The first step, those after it, and the first after a resumption."""
+    settings = OptimizerSettings(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, lr_warmup_steps=3)
+    torch.manual_seed(0)
+    start = torch.randn(5)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    stepper, adam = Stepper([ours], settings), torch.optim.Adam([theirs], betas=(0.8, 0.95), eps=1e-6, fused=True)
+    for number in range(8):
+        if number == 5:
+            saved = stepper.state_dict()
+            stepper = Stepper([ours], settings)
+            stepper.load_state_dict(saved)
+        factor = torch.randn(5)
+        broken = number in (2, 6)
+        stepper.begin()
+        (ours * factor * (float("inf") if broken else 1.0)).sum().backward()
+        adam.param_groups[0]["lr"] = stepper.lr
+        norm = stepper.apply()
+        assert bool(norm.isfinite()) != broken
+        if not broken:
+            theirs.grad = factor.clone()
+            adam.step()
+        assert torch.equal(ours.detach(), theirs.detach()), number
+    state = stepper.optimizer.state_dict()
+    assert state["state"][0]["step"] == 6 and state["param_groups"][0]["lr"] == stepper.settings.lr
 
 
 def test_the_first_minibatch_compares_the_policy_with_itself():

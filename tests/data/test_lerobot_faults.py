@@ -345,7 +345,7 @@ def test_a_video_that_is_too_short_or_of_another_size_is_named(videos, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codebase_version": "v2.0"}, "has codebase_version 'v2.0'; v3.0 is read and written, v2.1 is read: convert"),
+        ({"codebase_version": "v1.6"}, "has codebase_version 'v1.6'; v3.0 is read and written, v2.0 and v2.1 are read"),
         ({"codebase_version": "absent"}, "has codebase_version None"),
         ({"fps": "absent"}, "is damaged: fps is missing"),
         ({"fps": 0}, "is damaged: fps is 0"),

@@ -176,6 +176,19 @@ def test_statistics_of_old_episodes_are_merged(old_set):
     assert stats["image"]["mean"].shape == (3, 1, 1)
 
 
+def test_sets_of_v20_have_one_file_of_statistics(old_set):
+    path, before = old_set / "meta" / "info.json", LeRobotDataset(old_set)
+    path.write_text(path.read_text().replace('"v2.1"', '"v2.0"'))
+    (old_set / "meta" / "episodes_stats.jsonl").unlink()
+    stats = {key: {"mean": [0.5], "std": [1.0]} for key in before.info.features}
+    (old_set / "meta" / "stats.json").write_text(json.dumps(stats))
+    data = LeRobotDataset(old_set)
+    assert (data.info.version, data.meta.stats["actions"]["mean"].tolist()) == ("v2.0", [0.5])
+    one, other = data.batch([0, 5, 11]), before.batch([0, 5, 11])
+    assert one["task"] == other["task"] and all(np.array_equal(one[key], other[key]) for key in ("actions", "image"))
+    assert check(old_set, quiet) == []
+
+
 def test_old_data_sets_are_not_added_to(old_set):
     features = {key: f for key, f in LeRobotDataset(old_set).info.features.items() if f.dtype == "float32"}
     features = {key: Feature(f.dtype, f.shape) for key, f in features.items() if key != "timestamp"}

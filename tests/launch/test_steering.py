@@ -105,6 +105,7 @@ def test_what_is_trained_is_told_by_name_and_sum(tmp_path: Path, decoder: Path, 
     assert f"trained parameters: actor {actor:,} (encoder 160, net " in told
     assert f"+ critic {critic:,} (encoder 160, q " in told
     assert f"+ temperature 1 = {actor + critic + 1:,}" in told
+    assert "memory: learning takes " in told and "; acting, in each process that does, " in told
 
 
 def test_parameters_are_summed_by_their_first_name() -> None:

@@ -8,23 +8,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlinf.core import tree
 from rlinf.core.errors import ConfigError, DataError
 from rlinf.core.types import EnvSpaces, Obs
 from rlinf.envs.episodes import Outcome, ReplayedEnv, episode_rules
 from rlinf.envs.reach import ReachConfig
-from rlinf.launch import registry
-from rlinf.launch.build import build_networks, describe_replay
+from rlinf.launch import decoders, registry
+from rlinf.launch.build import build_algorithm, build_networks, describe_replay
 from rlinf.launch.config import Root
 from rlinf.launch.decoders import remark_on_decoder
+from rlinf.launch.parameters import bytes_of, learning_bytes, told_memory
 from rlinf.launch.parse import load_config
 from rlinf.launch.run import evaluate_run, run_directory, train
 from rlinf.metrics import report
 from rlinf.models.embodiment.latent_policy import LatentPolicy
 from rlinf.models.embodiment.openpi.checkpoint import save_pi0
 from rlinf.models.embodiment.openpi.config import TINY
-from rlinf.models.embodiment.openpi.model import build_pi0
+from rlinf.models.embodiment.openpi.decoder import OpenpiDecoder
+from rlinf.models.embodiment.openpi.model import build_pi0, empty_pi0, stays_float32
 from rlinf.models.embodiment.openpi.norm_stats import NormStats, write_norm_stats
+from rlinf.models.embodiment.openpi.tokenizer import WordTokenizer
 from rlinf.workers.state_files import load_weights
+from tests.launch.conftest import CONFIG_DIR
 from tests.launch.test_run import assert_equal_checkpoints, journal
 
 IMAGE = 32
@@ -182,6 +187,48 @@ def test_what_is_trained_is_the_seeds_half_million_and_small_encoders(tmp_path: 
     total = sum(p.numel() for part in (networks.actor, networks.critic) for p in part.parameters())
     assert heads < total < 750_000
     assert networks.actor.noise_shape == (32,), "one noise for the whole chunk"
+
+
+def test_a_full_size_run_holds_one_pi0_and_learns_in_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's own networks; of pi0 only shapes and types, as a GPU has them."""
+
+    def without_memory(robot, path, tokenizer, *, num_steps, dtype):
+        model = empty_pi0(robot.model)
+        for name, p in model.named_parameters():
+            p.data = p.data.to(torch.float32 if stays_float32(name) else dtype)
+        one = torch.ones(7, dtype=torch.float64)
+        pipeline = robot.pipeline({"actions": NormStats(0 * one, one, -one, one)}, WordTokenizer())
+        return OpenpiDecoder(model, pipeline, num_steps=num_steps)
+
+    monkeypatch.setattr(decoders, "load_openpi_decoder", without_memory)
+    monkeypatch.setattr(decoders, "tokenizer_of", lambda model, path: None)
+    monkeypatch.setattr(decoders, "weights_mark", lambda path: 7)
+    config = load_config("libero_spatial_dsrl_openpi", ["profile=gpu"], CONFIG_DIR, has_gpu=lambda: False)
+    policies = [build_networks(config, SPACES).actor for _ in range(2)]
+    assert all(isinstance(policy, LatentPolicy) for policy in policies)
+    assert policies[0]._decoder[0] is policies[1]._decoder[0], "those of training and of evaluation"
+    acting = bytes_of(policies[0].held())
+    weights = list(policies[0]._decoder[0].model.parameters())
+    assert sum(p.numel() for p in weights) == 3_238_048_528
+    assert acting["decoder"] == sum(p.numel() * p.element_size() for p in weights)
+
+    learner = build_algorithm(config, build_networks(config, SPACES, acts=False), torch.device("cpu"))
+    learning, trained = learning_bytes(learner), 728_459
+    actor, critic = 58_560 + 62_304, 545_290 + 62_304
+    assert 0 < learning["actor"] - 4 * actor < 16, "besides: whether learning has begun, and the decoder's mark"
+    assert (learning["critic"], learning["target_critic"]) == (4 * critic, 4 * critic)
+    assert learning["gradients and two moments"] == 12 * trained
+    told = told_memory(learning, acting)
+    assert told == (
+        "memory: learning takes 14 MB (actor 0.48 MB, critic 2.4 MB, target_critic 2.4 MB, gradients and two moments "
+        "8.7 MB); acting, in each process that does, 6.49 GB (policy 0.48 MB, decoder 6.48 GB)"
+    )
+    kept = tensors_of(learner.held(), learner.state_dict(), learner.acting_weights()[1])
+    assert sum(x.numel() for x in kept) < 6 * trained and not any(x.is_meta for x in kept), "nothing of pi0"
+
+
+def tensors_of(*states: object) -> list[Tensor]:
+    return [leaf for _, leaf in tree.leaves_of_state(list(states)) if isinstance(leaf, Tensor)]
 
 
 def test_a_row_of_replay_is_a_small_picture_and_no_large_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
     v2.1   meta/{info.json, episodes.jsonl, episodes_stats.jsonl, tasks.jsonl}
            data/chunk-000/episode_000000.parquet                 one episode per file
            videos/chunk-000/<camera>/episode_000000.mp4          one episode per file
+    v2.0   as v2.1, with meta/stats.json in place of episodes_stats.jsonl
 
 Pictures are `image` (encoded bytes in the parquet files) or `video`. The layout is that of Hugging Face's `lerobot`
 package; nothing here needs it.
@@ -26,7 +27,7 @@ import numpy as np
 
 from rlinf.core.errors import DataError
 
-V2, V3 = "v2.1", "v3.0"
+V20, V2, V3 = "v2.0", "v2.1", "v3.0"
 INFO_FILE, STATS_FILE, TASKS_FILE = "meta/info.json", "meta/stats.json", "meta/tasks.parquet"
 NOTES_FILE = "meta/rlinf.json"
 """Not of the layout: what this program remembers of a recording."""
@@ -89,7 +90,7 @@ class Info:
     """Content of `meta/info.json`.
 
     Attributes:
-        version: `v2.1` or `v3.0`.
+        version: `v2.0`, `v2.1` or `v3.0`.
         fps: frames per second.
         features: by name, in the order of the file.
         data_path, video_path: templates of file names; `video_path` is None without videos.
@@ -178,10 +179,10 @@ def read_info(root: Path) -> Info:
     if not isinstance(raw, dict):
         raise DataError(f"{path} is damaged: it holds no object; {RESTORE}")
     version = raw.get("codebase_version")
-    if version not in (V2, V3):
+    if version not in (V20, V2, V3):
         raise DataError(
-            f"{path} has codebase_version {version!r}; {V3} is read and written, {V2} is read: convert the data set "
-            "with the lerobot package first"
+            f"{path} has codebase_version {version!r}; {V3} is read and written, {V20} and {V2} are read: convert the "
+            "data set with the lerobot package first"
         )
     try:
         return _info(raw, version)

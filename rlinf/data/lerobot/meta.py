@@ -15,6 +15,7 @@ from rlinf.data.lerobot.layout import (
     STATS_FILE,
     TASKS_FILE,
     V3,
+    V20,
     Info,
     read_info,
     read_json,
@@ -185,7 +186,7 @@ def _series(chunk: np.ndarray, file: np.ndarray) -> tuple[list[tuple[int, int]],
     return [(c, f) for c, f in unique.tolist()], inverse.reshape(-1)
 
 
-# ---- v2.1
+# ---- v2.0 and v2.1
 
 
 def _read_v2(root: Path, info: Info) -> Meta:
@@ -214,7 +215,7 @@ def _read_v2(root: Path, info: Info) -> Meta:
         episode_tasks=[list(row["tasks"]) for row in rows],
         data=Places(files(info.data_path, ""), own, np.zeros(len(rows), np.int64)),
         videos={key: Places(files(video_path, key), own, np.zeros(len(rows))) for key in info.keys("video")},
-        stats=_merged_stats(meta / "episodes_stats.jsonl"),
+        stats=_read_stats(root) if info.version == V20 else _merged_stats(meta / "episodes_stats.jsonl"),
     )
 
 
