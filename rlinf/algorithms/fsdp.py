@@ -37,7 +37,7 @@ from rlinf.core.protocols import Network, ShardUnits
 from rlinf.core.ranks import Ranks
 from rlinf.core.types import Metrics
 
-ROLE_METHODS = ("sample", "evaluate", "value", "flow_matching_loss")
+ROLE_METHODS = ("sample", "evaluate", "log_prob", "value", "flow_matching_loss")
 """What algorithms call of a network besides `forward`; none of them may call another."""
 
 BY_ROWS = (Shard(0),)

@@ -356,13 +356,12 @@ class PPO:
         passes = -(-len(samples) // size)
         missing = self.data_parallel.missing_passes(passes)
         log_probs = []
-        for i in range(passes):
-            part = samples.take(slice(i * size, (i + 1) * size))
+        for i in range(passes + missing):  # the last ones for the sake of other ranks, as in `_pass_along`
+            part = samples.take(slice(i * size, (i + 1) * size) if i < passes else slice(0, 1))
             with self._precision():
-                log_prob, _, _ = self.network.evaluate(part.obs, part.decision)
+                log_prob = self.network.log_prob(part.obs, part.decision)
             log_probs.append(reduce_to(self.logprob_level, log_prob.float()))
-        self._pass_along(missing)
-        return replace(samples, log_prob=torch.cat(log_probs))
+        return replace(samples, log_prob=torch.cat(log_probs[:passes]))
 
     def _pass_along(self, passes: int) -> None:
         """Forward passes for the sake of other ranks, who need this one's share of the weights."""

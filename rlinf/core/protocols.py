@@ -153,6 +153,10 @@ class ActorCritic(Protocol):
         """Log densities [B, H, A], entropies [B, H, A] and values [B] of given decisions."""
         ...
 
+    def log_prob(self, obs: Obs, decision: Tensor) -> Tensor:
+        """The log densities of `evaluate`, the same numbers, without what the others take."""
+        ...
+
     def value(self, obs: Obs) -> Tensor:
         """V(s) [B]."""
         ...

@@ -168,6 +168,11 @@ class ActorConfig(Config):
         description="RL-Co: LeRobot data set, a folder or a name below $HF_LEROBOT_HOME; null: $HF_LEROBOT_HOME itself "
         "where it is one, or physical-intelligence/pick_and_place_real or pick_and_place_real in it.",
     )
+    sft_map_to: str | None = Field(
+        None,
+        description="RL-Co: folder for packed pictures as memory-mapped files, which further runs and processes find "
+        "again, for data sets of images that are larger than memory; null: in memory. As data.map_to of run_sft.sh.",
+    )
     fsdp_config: FsdpConfig = Field(default_factory=FsdpConfig, description="Several learner processes.")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the policy.")
     critic_optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer of the critics.")

@@ -31,6 +31,7 @@ from rlinf.models.embodiment.openpi.decoder import (
     weights_mark,
 )
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
+from rlinf.models.embodiment.openpi.robot_keys import CheckpointKeys
 from rlinf.models.embodiment.openpi.tokenizer import Tokenizer
 from rlinf.runners.checkpoint import find
 
@@ -124,7 +125,7 @@ def _check_flow(config: Root, model: DsrlFlowConfig, spec: FlowDecoderSpec, spac
 
 def _openpi(config: Root, model: OpenpiConfig) -> NamedDecoder:
     robot = model.robot()
-    path = None if model.model_path is None else Path(model.model_path).expanduser()
+    path = model.weights()
     dtype = kept_dtype(config, model)
 
     def read() -> OpenpiDecoder:
@@ -144,13 +145,12 @@ def _openpi(config: Root, model: OpenpiConfig) -> NamedDecoder:
     )
 
 
-def kept_dtype(config: Root, model: OpenpiConfig) -> torch.dtype:
+def kept_dtype(config: Root, model: CheckpointKeys) -> torch.dtype:
     """Of weights that do not learn: those that are frozen, and those that act."""
-    bf16 = model.precision == "bf16" or (model.precision is None and config.profile == "gpu")
-    return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if model.in_bf16(config.profile) else torch.float32
 
 
-def tokenizer_of(model: OpenpiConfig, weights: Path) -> Tokenizer:
+def tokenizer_of(model: CheckpointKeys, weights: Path) -> Tokenizer:
     """The one that the keys name, or that lies beside the weights; see `find_tokenizer`."""
     wanted = None if model.tokenizer_path is None else Path(model.tokenizer_path).expanduser()
     return find_tokenizer(wanted, weights, tiny=model.openpi.size == "tiny")

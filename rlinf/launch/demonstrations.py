@@ -64,7 +64,7 @@ def read_demonstrations(config: Root) -> LeRobotChunks:
     """
     from rlinf.data.lerobot.chunks import LeRobotChunks  # an optional package, which other recipes do without
 
-    model = config.actor.model
+    actor, model = config.actor, config.actor.model
     assert isinstance(model, OpenpiConfig)  # the schema checks it
     robot = model.robot()
     size = robot.model.vision.image_size
@@ -79,13 +79,13 @@ def read_demonstrations(config: Root) -> LeRobotChunks:
             robot.model.action_horizon,
             action_dim=robot.action_dim,
             resize=resize,
+            map_to=None if actor.sft_map_to is None else Path(actor.sft_map_to).expanduser(),
             num_threads=max(1, num_cores() // 4),
         )
     except DataError as problem:
         raise DataError(f"actor.sft_data_path: {problem}. To record some: {RECORD}") from problem
-    if model.model_path is not None:
-        weights = Path(model.model_path).expanduser()
-        file = find_norm_stats(weights if weights.is_dir() else weights.parent, robot.asset_id)
+    if (folder := model.folder()) is not None:
+        file = find_norm_stats(folder, robot.asset_id)
         if file is not None:
             check_normalised(robot, data, read_norm_stats(file), str(file))
     return data

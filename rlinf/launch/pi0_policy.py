@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import threading
 
 import torch
 
@@ -16,6 +16,9 @@ from rlinf.models.embodiment.openpi.model import Pi0, stays_float32
 from rlinf.models.embodiment.openpi.norm_stats import read_norm_stats
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig, OpenpiKeys
 
+_building = threading.Lock()
+"""Reading takes memory for a whole model besides, which the policies of a process take one after the other."""
+
 
 def build_pi0_policy(config: Root, model: OpenpiConfig, spaces: EnvSpaces, *, acts: bool) -> Pi0ActorCritic:
     """The policy on the CPU; new heads are drawn from torch's generator.
@@ -27,15 +30,31 @@ def build_pi0_policy(config: Root, model: OpenpiConfig, spaces: EnvSpaces, *, ac
     Raises ConfigError, CheckpointError or DataError where the model does not fit the environment or cannot be read.
     """
     check_openpi(model, spaces)
-    keys, kept = model.openpi, kept_dtype(config, model)
-    path = _weights(model)
-    dtype = kept if acts else torch.float32
+    whole, kept = acts or config.actor.fsdp_config.strategy != "fsdp2", kept_dtype(config, model)
+    with _building:
+        policy = open_pi0_policy(model, dtype=kept if acts else torch.float32)
+        if not acts:
+            if whole:
+                _shrink_frozen(policy.model, kept)
+            policy.model.recompute_layers(config.actor.gradient_checkpointing)
+        # An offloaded policy empties its tensors, which nobody else may be using then.
+        if whole and not config.rollout.enable_offload:
+            policy.share_frozen(f"{model.model_path} {model.robot().model}")
+    return policy
+
+
+def open_pi0_policy(model: OpenpiConfig, *, dtype: torch.dtype) -> Pi0ActorCritic:
+    """The policy with the weights that the keys name, on the CPU, all of one type but for what `stays_float32`.
+
+    Raises CheckpointError or DataError where they cannot be read.
+    """
+    keys, path = model.openpi, model.weights()
     with torch.random.fork_rng(devices=[]):  # new heads are alike with weights that were read and without
         if path is None:
             pi0, pipeline = random_openpi(model.robot(), dtype=dtype)
         else:
             pi0, pipeline = load_openpi(model.robot(), path, tokenizer_of(model, path), dtype=dtype)
-    policy = Pi0ActorCritic(
+    return Pi0ActorCritic(
         pi0,
         pipeline,
         model.walk(),
@@ -47,15 +66,6 @@ def build_pi0_policy(config: Root, model: OpenpiConfig, spaces: EnvSpaces, *, ac
         frozen_mark=RANDOM_MARK if path is None else weights_mark(path),
         anneal=keys.noise_anneal,
     )
-    if not acts:
-        if config.actor.fsdp_config.strategy != "fsdp2":
-            _shrink_frozen(pi0, kept)
-        pi0.recompute_layers(config.actor.gradient_checkpointing)
-    return policy
-
-
-def _weights(model: OpenpiConfig) -> Path | None:
-    return None if model.model_path is None else Path(model.model_path).expanduser()
 
 
 def _shrink_frozen(pi0: Pi0, dtype: torch.dtype) -> None:
@@ -66,10 +76,11 @@ def _shrink_frozen(pi0: Pi0, dtype: torch.dtype) -> None:
 
 def find_pi0(model: OpenpiConfig) -> None:
     """Raise CheckpointError or DataError where weights, statistics or tokenizer are missing; nothing else is read."""
-    if (path := _weights(model)) is None:
+    path, folder = model.weights(), model.folder()
+    if path is None or folder is None:
         return
     weights_mark(path)
-    read_norm_stats(path if path.is_dir() else path.parent, model.robot().asset_id)
+    read_norm_stats(folder, model.robot().asset_id)
     tokenizer_of(model, path)
 
 

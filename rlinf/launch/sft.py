@@ -7,7 +7,6 @@ examples an update sees is a function of the seed and its number.
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,10 +15,11 @@ from typing import Protocol
 
 import torch
 
-from rlinf.core.errors import ConfigError, NonFiniteError
+from rlinf.core.errors import NonFiniteError
 from rlinf.core.protocols import VectorEnv
 from rlinf.core.types import Metrics
 from rlinf.envs.config import EnvConfig
+from rlinf.launch.folders import put_whole, refuse_to_export_over
 from rlinf.launch.machine import choose_float32_products, device_of, keep_freed_memory, num_cores
 from rlinf.launch.provenance import prepare_run_dir, write_provenance
 from rlinf.launch.run import refuse_to_overwrite, unused_if_it_never_began
@@ -75,7 +75,8 @@ def run_sft(config: SftConfig) -> int:
     run_dir = Path(runner.logger.log_path).expanduser().resolve() / runner.logger.experiment_name
     checkpoint = find(runner.resume_dir) if runner.resume_dir is not None else None
     first_step = verify(checkpoint).global_step if checkpoint is not None else 0
-    _refuse_to_export_over(runner.export_dir)
+    if runner.export_dir is not None:
+        refuse_to_export_over(Path(runner.export_dir).expanduser(), "runner.export_dir")
     refuse_to_overwrite(run_dir, checkpoint)
     _prepare_process(config)
     prepare_run_dir(run_dir)
@@ -109,7 +110,7 @@ def run_sft(config: SftConfig) -> int:
             reporter.note(f"stopped by {stop.reason}; go on with: runner.resume_dir={run_dir}")
             return 128 + signal.Signals[stop.reason]
         if runner.export_dir is not None:
-            _export(trainee, Path(runner.export_dir).expanduser())
+            put_whole(Path(runner.export_dir).expanduser(), trainee.export)
             reporter.note(f"the policy is in {runner.export_dir}")
     return 0
 
@@ -176,22 +177,6 @@ def _save(store: CheckpointStore, trainee: Trainee, step: int) -> None:
         return Progress(updates=step)
 
     store.write(step, fill)
-
-
-def _export(trainee: Trainee, folder: Path) -> None:
-    """Put the policy there in one step."""
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    trainee.export(unfinished)
-    unfinished.rename(folder)
-
-
-def _refuse_to_export_over(folder: str | None) -> None:
-    if folder is not None and Path(folder).expanduser().exists():
-        raise ConfigError(
-            f"runner.export_dir: {folder} is there already, and runs may depend on it; move it away or name "
-            "another folder"
-        )
 
 
 def _prepare_process(config: SftConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,18 +16,19 @@ from rlinf.core.seeding import torch_generator
 from rlinf.core.types import EnvSpaces, Metrics, Obs
 from rlinf.data.chunk_mixture import Ahead, MixedChunks
 from rlinf.launch.build import optimizer_settings
+from rlinf.launch.decoders import tokenizer_of
 from rlinf.launch.lerobot_sources import open_datasets, shares_of
 from rlinf.launch.lerobot_stats import check_normalised, norm_stats_of, same_stats
 from rlinf.launch.machine import device_of
 from rlinf.launch.sft_config import SftConfig
 from rlinf.launch.sft_evaluate import ActingDecoder
-from rlinf.models.embodiment.openpi.checkpoint import load_pi0, save_pi0
+from rlinf.models.embodiment.openpi.checkpoint import load_pi0
 from rlinf.models.embodiment.openpi.cloning import OpenpiCloningConfig, Pi0Cloning, freeze
 from rlinf.models.embodiment.openpi.dataconfig import DataConfig
-from rlinf.models.embodiment.openpi.decoder import TOKENIZER_FILES, find_tokenizer, weights_mark
+from rlinf.models.embodiment.openpi.decoder import save_openpi, weights_mark
 from rlinf.models.embodiment.openpi.model import Pi0, build_pi0, empty_pi0, stays_float32, training_time
-from rlinf.models.embodiment.openpi.norm_stats import find_norm_stats, read_norm_stats, write_norm_stats
-from rlinf.models.embodiment.openpi.tokenizer import SentencePieceTokenizer, Tokenizer, WordTokenizer
+from rlinf.models.embodiment.openpi.norm_stats import find_norm_stats, read_norm_stats
+from rlinf.models.embodiment.openpi.tokenizer import Tokenizer, WordTokenizer
 from rlinf.workers.state_files import load_state, save_state
 
 TRAINER_FILE = "trainer.pt"
@@ -54,8 +54,7 @@ class OpenpiTrainee:
         if env is not None:
             check_fit(self.robot, env.spaces)
         device = device_of(config)
-        self._bf16 = model.precision == "bf16" or (model.precision is None and config.profile == "gpu")
-        self._tokenizer = _tokenizer(model)
+        self._bf16 = model.in_bf16(config.profile)
 
         datasets, shares = open_datasets(config.data, self.robot, model.policy_setup, note), shares_of(config.data)
         self._names = list(datasets)
@@ -77,13 +76,13 @@ class OpenpiTrainee:
         pi0.recompute_layers(model.gradient_checkpointing)
         self.network = Pi0Cloning(
             pi0,
-            self.robot.pipeline(self.stats, self._tokenizer),
+            self.robot.pipeline(self.stats, _tokenizer(model)),
             action_dim=self.robot.action_dim,
             noises_per_example=model.noises_per_example,
             padding_weight=model.padding_weight,
         )
-        frozen = any(not p.requires_grad for p in pi0.parameters()) and model.model_path is not None
-        self._frozen_mark = weights_mark(Path(model.model_path or "").expanduser()) if frozen else 0
+        weights, frozen = model.weights(), any(not p.requires_grad for p in pi0.parameters())
+        self._frozen_mark = weights_mark(weights) if frozen and weights is not None else 0
         self.tuning = SupervisedTuning(
             self.network,
             optimizer_settings(config.optim, config.runner.max_steps),
@@ -146,10 +145,8 @@ class OpenpiTrainee:
     def export(self, folder: Path) -> None:
         """As `sft.Trainee.export`: openpi's model.safetensors and config.json, norm_stats.json, and the tokenizer."""
         with self.tuning.averaged():
-            save_pi0(_in_bf16(self.network.model) if self._bf16 else self.network.model, folder)
-        write_norm_stats(self.stats, folder)
-        if isinstance(self._tokenizer, SentencePieceTokenizer):
-            shutil.copyfile(self._tokenizer.path, folder / TOKENIZER_FILES[0])
+            model = _in_bf16(self.network.model) if self._bf16 else self.network.model
+            save_openpi(model, self.network.pipeline, folder)
 
 
 def check_fit(robot: DataConfig, spaces: EnvSpaces) -> None:
@@ -166,25 +163,23 @@ def given_stats(model: OpenpiCloningConfig, robot: DataConfig) -> Path | None:
     if model.norm_stats_path is not None:
         named = Path(model.norm_stats_path).expanduser()
         return find_norm_stats(named, robot.asset_id) or named  # reading it says what is missing
-    if model.model_path is None:
-        return None
-    weights = Path(model.model_path).expanduser()
-    return find_norm_stats(weights if weights.is_dir() else weights.parent, robot.asset_id)
+    folder = model.folder()
+    return None if folder is None else find_norm_stats(folder, robot.asset_id)
 
 
 def _tokenizer(model: OpenpiCloningConfig) -> Tokenizer:
-    wanted = None if model.tokenizer_path is None else Path(model.tokenizer_path).expanduser()
-    tiny = model.openpi.size == "tiny"
-    if model.model_path is None and wanted is None:
+    weights = model.weights()
+    if weights is None and model.tokenizer_path is None:
         return WordTokenizer()
-    return find_tokenizer(wanted, Path(model.model_path or "").expanduser(), tiny=tiny)
+    return tokenizer_of(model, weights or Path())
 
 
 def _start(model: OpenpiCloningConfig, robot: DataConfig, seed: int) -> Pi0:
     """The weights before the first update, float32 on the CPU."""
-    if model.model_path is None:
+    weights = model.weights()
+    if weights is None:
         return build_pi0(robot.model, generator=torch_generator(seed, "networks"))
-    return load_pi0(Path(model.model_path).expanduser(), robot.model, dtype=torch.float32)[0]
+    return load_pi0(weights, robot.model, dtype=torch.float32)[0]
 
 
 @torch.no_grad()

@@ -8,11 +8,13 @@ import copy
 import torch
 from torch import nn
 
+from rlinf.algorithms.co_training import Demonstrations
 from rlinf.algorithms.optimize import OptimizerSettings
 from rlinf.algorithms.ppo import PPO
 from rlinf.algorithms.sac import SAC
 from rlinf.algorithms.temperature import Temperature
 from rlinf.core.types import Trajectory, Transition
+from rlinf.data.chunks import ChunkBatch
 from rlinf.models.embodiment.mlp_actor_critic import MlpActorCritic
 from rlinf.models.modules.running_norm import RunningNorm
 
@@ -134,6 +136,37 @@ class LayeredActorCritic(MlpActorCritic):
 
     def shard_units(self):
         return [layer for layer in (*self.net, *self.value_net) if isinstance(layer, nn.Linear)]
+
+
+class LayeredCloned(LayeredActorCritic):
+    """Learns from demonstrations too: (μ(s) + ε − a)² of valid actions, with noise that belongs to the row."""
+
+    def flow_matching_loss(self, obs, actions, valid, *, noise, time):
+        error = (self.net(self._state(obs)) + obs["noise"] - actions[:, 0]).square().mean(-1)
+        return (error * valid[:, 0]).sum() / valid.sum()
+
+
+def demonstrations(network, ranks, weight=0.5):
+    """Eight examples at a time, of which every rank has its rows."""
+
+    def batch(number):
+        draw = torch.Generator().manual_seed(number)
+        state, noise, action = (torch.randn(8, size, generator=draw) for size in (STATE, ACTION, ACTION))
+        mine = slice(ranks.rank, None, ranks.size)
+        obs = {"state": state[mine], "noise": noise[mine]}
+        return ChunkBatch(obs, action[mine, None], torch.ones(len(state[mine]), 1, dtype=torch.bool))
+
+    generator = torch.Generator().manual_seed(ranks.rank)
+    return Demonstrations(network, batch, lambda n, g: torch.rand(n, generator=g), weight=weight, generator=generator)
+
+
+def run_co_training(ranks, share=None):
+    """Three micro-batches to a step, each beside demonstrations of its own."""
+    per_rank = ENVS // ranks.size
+    ppo = make_ppo(ranks, share, LayeredCloned, micro_batch_size=STEPS * per_rank // 3)
+    ppo.demonstrations = demonstrations(ppo.network, ranks)
+    ppo.observe(played(0, slice(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)))
+    return learn(ppo) | {"batches": ppo.demonstrations.batches}
 
 
 def network(norm=None, kind=MlpActorCritic):

@@ -131,6 +131,16 @@ def test_densities_may_be_computed_again_before_the_first_step():
         assert (float(ppo.update()["actor/ratio"]) == pytest.approx(1, abs=1e-6)) == recompute
 
 
+def test_computing_densities_again_computes_nothing_else(monkeypatch):
+    net = Cloned()
+    ppo = PPO(net, batch_size=24, micro_batch_size=5, gamma=0.9, recompute_log_prob=True)
+    ppo.observe(played(net.net))
+    monkeypatch.setattr(net.net, "evaluate", lambda *_: pytest.fail("values and entropies are not needed"))
+    samples, _ = ppo._prepare()
+    again = net.net.log_prob(samples.obs, samples.decision).sum(-1)
+    torch.testing.assert_close(samples.log_prob, again)
+
+
 def test_prompts_stay_with_their_samples():
     net = network()
     segment = played(net)

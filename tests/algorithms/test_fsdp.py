@@ -19,9 +19,11 @@ from tests.algorithms.learners import (
     make_ppo,
     make_sac,
     played,
+    run_co_training,
     run_ppo,
     run_sac,
 )
+from tests.algorithms.vla_learner import run_vla
 from tests.ranks import run_ranks
 
 
@@ -165,6 +167,14 @@ def run_unlike_segments(ranks, share):
     return learn(ppo)
 
 
+def run_recomputed(ranks, share):
+    """Before the first step rank 0 computes the densities of 24 decisions in six passes, rank 1 of 12 in three."""
+    ppo = make_ppo(ranks, share, LayeredActorCritic, batch_size=8, micro_batch_size=4, recompute_log_prob=True)
+    for seed in range(2 - ranks.rank):
+        ppo.observe(played(seed, slice(2 * ranks.rank, 2 * ranks.rank + 2)))
+    return learn(ppo)
+
+
 def everything(ranks):
     return {
         "sac": run_sac(ranks, DEALT[ranks.rank], shares),
@@ -176,6 +186,11 @@ def everything(ranks):
         "ppo kept": run_ppo(ranks, kept, LayeredActorCritic),
         "unlike": run_unlike_segments(ranks, shares),
         "unlike, whole": run_unlike_segments(ranks, None),
+        "recomputed": run_recomputed(ranks, shares),
+        "recomputed, whole": run_recomputed(ranks, None),
+        "co-training": run_co_training(ranks, shares),
+        "vla": run_vla(ranks, shares),
+        "vla, whole": run_vla(ranks),
         "deep": run_deep(shares(ranks)),
         "deep, whole": run_deep(Replicated(ranks)),
         "bf16": run_bf16(ranks),
@@ -199,6 +214,7 @@ def alone():
         "sac": run_sac(ONE_RANK, SEEN),
         "sac in units": run_sac(ONE_RANK, SEEN, critic=LayeredCritic),
         "ppo": run_ppo(ONE_RANK),
+        "co-training": run_co_training(ONE_RANK),
         "deep": run_deep(Replicated(ONE_RANK)),
     }
 
@@ -257,13 +273,36 @@ def test_ppo_ends_where_one_rank_does(two, alone, case):
                 assert (one[tag] + other[tag]) / 2 == pytest.approx(value, rel=2e-4, abs=2e-6), tag
 
 
-def test_ranks_with_unlike_experience_make_equally_many_passes(two):
-    for found, whole in ((rank["unlike"], rank["unlike, whole"]) for rank in two):
+def test_demonstrations_beside_ppo_end_where_one_rank_does(two, alone):
+    """Weights are gathered for both losses and one backward pass."""
+    found, expected = [rank["co-training"] for rank in two], alone["co-training"]
+    torch.testing.assert_close(found[0]["weights"], expected["weights"], rtol=1e-5, atol=2e-6)
+    assert [rank["batches"] for rank in found] == [expected["batches"]] * 2 == [9, 9]
+    for one, other, whole in zip(*(run["metrics"] for run in found), expected["metrics"], strict=True):
+        assert one.keys() == other.keys() == whole.keys() >= {"sft_loss", "ppo_loss", "actor/total_loss"}
+        for tag in whole.keys() - {"loss_ratio"}:  # a quotient: its mean is not that of the means
+            assert (one[tag] + other[tag]) / 2 == pytest.approx(whole[tag], rel=2e-4, abs=2e-6), tag
+
+
+def test_a_vla_in_shares_learns_what_whole_ones_do(two):
+    """With a frozen part, which is shared out as well, recomputed densities, and prefixes for both losses."""
+    for found, whole in ((rank["vla"], rank["vla, whole"]) for rank in two):
+        assert len(found["metrics"]) == len(whole["metrics"]) == 2
+        for ours, theirs in zip(found["metrics"], whole["metrics"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    found, whole = two[0]["vla"]["weights"], two[0]["vla, whole"]["weights"]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+    assert not [name for name in found if name.startswith(("model.vlm", "model.vision"))]
+
+
+@pytest.mark.parametrize("case", ["unlike", "recomputed"])
+def test_ranks_with_unlike_experience_make_equally_many_passes(two, case):
+    for found, whole in ((rank[case], rank[f"{case}, whole"]) for rank in two):
         assert len(found["metrics"]) == len(whole["metrics"]) > 1
         assert found["metrics"][-1]["critic/value_loss"] == pytest.approx(
             whole["metrics"][-1]["critic/value_loss"], rel=1e-4
         )
-    torch.testing.assert_close(two[0]["unlike"]["weights"], two[0]["unlike, whole"]["weights"], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(two[0][case]["weights"], two[0][f"{case}, whole"]["weights"], rtol=1e-5, atol=2e-6)
 
 
 def test_steps_on_micro_batches_are_those_of_one_rank(two, alone):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,6 +255,68 @@ def test_nothing_of_an_episode_reaches_the_next_by_way_of_the_delay(shifted):
     shifted.begin(5)
     again = [shifted.advance(STILL) and shifted.observe() for _ in range(3)]
     assert np.array_equal(clean, again)
+
+
+class Joints:
+    """Of ManiSkill's controllers what a reset touches: targets where the scene's mask says so."""
+
+    def __init__(self, scene):
+        self.scene, self.drives = scene, torch.zeros(3, 2)
+        self.qpos, self.target = torch.zeros(3, 2), torch.zeros(3, 2)
+
+    def reset(self):
+        self.target[self.scene._reset_mask] = self.qpos[self.scene._reset_mask]
+
+    def set_drive_targets(self, targets):
+        self.drives = targets.clone()
+
+    def before_simulation_step(self):
+        pass
+
+
+class LateJoints(twin_robot._Late, Joints):
+    latency_steps = 2
+
+
+def test_an_episode_that_begins_leaves_the_other_worlds_of_a_batch_alone():
+    """Three worlds in one scene, as on a GPU: the second begins anew while targets of all are due."""
+    scene = SimpleNamespace(_reset_mask=torch.ones(3, dtype=torch.bool))
+    joints = LateJoints(scene)
+    joints.reset()
+    joints.target += 5.0
+    joints.set_drive_targets(torch.full((3, 2), 1.0))
+    for _ in range(3):
+        assert joints.drives.eq(0).all()
+        joints.before_simulation_step()
+    assert joints.drives.eq(1).all(), "two steps late"
+    joints.set_drive_targets(torch.full((3, 2), 2.0))
+    joints.before_simulation_step()
+
+    joints.qpos = torch.full((3, 2), 0.5)
+    joints.begin_in(torch.tensor([False, True, False]))
+    joints.reset()
+    assert scene._reset_mask.all()
+    assert joints.target[:, 0].tolist() == [5.0, 0.5, 5.0]
+    assert joints.drives[:, 0].tolist() == [1.0, 0.5, 1.0]
+    for _ in range(2):
+        joints.before_simulation_step()
+    assert joints.drives[:, 0].tolist() == [2.0, 0.5, 2.0], "what was due arrives where no episode began"
+    joints.reset()
+    assert joints.drives.eq(0.5).all() and joints.target.eq(0.5).all(), "without being told: everywhere"
+
+
+def test_the_robot_tells_its_controllers_where_an_episode_begins(twin):
+    twin.begin(0)
+    agent, told = twin._world.agent, []
+    for controller in agent.controller.controllers.values():
+        assert isinstance(controller, twin_robot._Late) and controller._begins is None
+        controller.begin_in = told.append
+    try:
+        agent.reset()
+    finally:
+        for controller in agent.controller.controllers.values():
+            del controller.begin_in
+    assert [mask.tolist() for mask in told] == [[True], [True]]
 
 
 # --- fast stepping

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from rlinf.core.errors import DataError
 from rlinf.launch.demonstrations import RECORD, find_demonstrations, read_demonstrations
@@ -33,6 +35,24 @@ def test_the_data_set_is_found_by_path_or_below_the_home(tmp_path: Path, monkeyp
     itself = write_real(tmp_path / "itself")
     monkeypatch.setenv("HF_LEROBOT_HOME", str(itself))
     assert find_demonstrations(config) == str(itself)
+
+
+def test_packed_pictures_may_lie_in_files_that_the_next_run_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_real(tmp_path / "real")
+    rows = np.array([0, 7, 10])
+    in_memory = read_demonstrations(load(tmp_path)).batch(rows)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(tmp_path, "actor.sft_map_to='~/packed'")
+    first = read_demonstrations(config).batch(rows)
+    [file] = (tmp_path / "packed").iterdir()
+    made = file.stat()
+    again = read_demonstrations(config).batch(rows)
+    assert [(f, f.stat()) for f in (tmp_path / "packed").iterdir()] == [(file, made)]
+    for batch in (first, again):
+        assert torch.equal(batch.obs["images"]["front"], in_memory.obs["images"]["front"])
+        assert torch.equal(batch.action, in_memory.action)
 
 
 def test_what_is_said_to_record_demonstrations_ends_episodes_with_their_success() -> None:

@@ -469,3 +469,30 @@ def test_all_of_the_model_may_be_trained(tmp_path: Path) -> None:
     config = load(tmp_path, "actor.model.openpi.train_expert_only=False", "actor.use_real_data_co_training=False")
     algorithm = build_algorithm(config, build_networks(config, SPACES, acts=False), torch.device("cpu"))
     assert "model.vlm.embed_tokens.weight" in algorithm.acting_weights()[1]
+
+
+# ---- memory
+
+
+def frozen_places(policy: object) -> set[int]:
+    assert isinstance(policy, Pi0ActorCritic)
+    return {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
+
+
+def test_policies_of_one_process_keep_the_frozen_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["actor.use_real_data_co_training=False", f"actor.model.model_path={save_tiny(tmp_path / 'stage1')}"]
+    config = load(tmp_path, *overrides)
+    learner, acting, evaluated = (build_networks(config, SPACES, acts=acts).actor for acts in (False, True, True))
+    places = frozen_places(learner)
+    assert len(places) > 20 and places == frozen_places(acting) == frozen_places(evaluated)
+    trained = {p.data_ptr() for policy in (learner, acting) for p in policy.parameters() if p.requires_grad}
+    assert len(trained) == 2 * sum(p.requires_grad for p in learner.parameters()) and not trained & places
+    before = {name: p.clone() for name, p in learner.named_parameters() if not p.requires_grad}
+    together = collect_and_update(config)
+    assert all(torch.equal(p, before[name]) for name, p in learner.named_parameters() if name in before)
+    # An offloaded policy empties what it has; a learner that shares out its weights keeps rows of float32.
+    for key in ("rollout.enable_offload=True", "actor.fsdp_config.strategy=fsdp2"):
+        alone = build_networks(load(tmp_path, *overrides, key), SPACES, acts=False).actor
+        assert not frozen_places(alone) & places
+    monkeypatch.setattr(Pi0ActorCritic, "share_frozen", lambda self, key: None)
+    assert collect_and_update(config) == together

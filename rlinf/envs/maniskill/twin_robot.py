@@ -32,18 +32,38 @@ class _Late:
     """Mixed into a joint controller: its drives get their targets `latency_steps` physics steps late."""
 
     latency_steps = 0
+    scene: Any
     _due: Any = None
     _steps_left = 0
     _driven: Any = None
+    _begins: Any = None
+
+    def begin_in(self, worlds: torch.Tensor) -> None:
+        """The next `reset` is of these worlds, bool [N], alone.
+
+        ManiSkill knows them while it places robots and objects, and has forgotten them when it resets controllers:
+        tools in all worlds would then be aimed at where they are.
+        """
+        self._begins = worlds.clone()
 
     def reset(self) -> None:
-        """Drives rest where the joints are: until a late action arrives, no target of another episode is left."""
-        super().reset()  # type: ignore[misc]
-        self._due = None
-        here = self.qpos  # type: ignore[attr-defined]
+        """Drives rest where the joints are: until a late action arrives, no target of another episode is left.
+
+        Worlds in which no episode begins keep their targets, those that are due too.
+        """
+        everywhere = self.scene._reset_mask
+        begins = everywhere if self._begins is None else self._begins
+        self._begins = None
+        self.scene._reset_mask = begins
+        try:
+            super().reset()  # type: ignore[misc]
+        finally:
+            self.scene._reset_mask = everywhere
+        here, mask = self.qpos, begins[:, None]  # type: ignore[attr-defined]
+        if self._due is not None:
+            self._due = None if begins.all() else torch.where(mask, here, self._due)
         if self._driven is None or self._driven.shape != here.shape:
             self._driven = here.clone()
-        mask = self.scene._reset_mask[:, None]  # type: ignore[attr-defined]
         self._drive(torch.where(mask, here, self._driven))
 
     def set_drive_targets(self, targets: torch.Tensor) -> None:
@@ -119,6 +139,12 @@ class TwinPanda(Panda):
             for link in self.robot.links:
                 for body in link._objs:
                     weld_visuals(body.entity, fine="hand" in link.name or "finger" in link.name)
+
+    def reset(self, init_qpos: torch.Tensor | None = None) -> None:
+        """As ManiSkill's, of the worlds in which an episode begins; controllers are told which."""
+        super().reset(init_qpos)
+        for controller in self.controller.controllers.values():
+            controller.begin_in(self.scene._reset_mask)
 
     def tune(self, *, stiffness: float, damping: float, latency_steps: int) -> None:
         """Set the gains of the arm's joints, and how many physics steps late arm and gripper are."""

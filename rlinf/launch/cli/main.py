@@ -12,6 +12,8 @@ from rlinf.core.errors import ConfigError, RlinfError
 from rlinf.launch.cli.options import (
     add_collection_options,
     add_demos_options,
+    add_export_options,
+    add_play_options,
     add_recording_options,
     add_robot_server_options,
 )
@@ -78,13 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory, holds config.yaml and checkpoints")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the run's own config")
 
-    play = commands.add_parser("play", help="film episodes of what a run has learned, or show them in a window")
-    play.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints/global_step_<N>")
-    play.add_argument("--envs", type=int, default=4, metavar="N", help="episodes, side by side in the picture (4)")
-    play.add_argument("--seed", type=int, metavar="S", help="other initial states than those of the run's evaluations")
-    play.add_argument("--stochastic", action="store_true", help="explore as in training")
-    play.add_argument("--window", action="store_true", help="show the film in a window too")
-    play.add_argument("-o", "--output", type=Path, metavar="MP4", help="the film (default: videos/ inside RUN)")
+    add_export_options(commands.add_parser("export", help="put what a run has learned into a folder of its own"))
+
+    add_play_options(commands.add_parser("play", help="film episodes of what a run has learned, or show them"))
 
     record = commands.add_parser(
         "record", allow_abbrev=False, help="record demonstrations of an expert or a policy, as a LeRobot data set too"
@@ -193,6 +191,14 @@ def run_eval(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(chosen: argparse.Namespace) -> int:
+    """Export a run's policy; say what it is and print the folder."""
+    from rlinf.launch.cli.export import run
+
+    run(chosen.run, chosen.output, chosen.overrides, chosen.precision)
+    return 0
+
+
 def run_play(chosen: argparse.Namespace) -> int:
     """Film episodes of a run's checkpoint and print how they went."""
     if not chosen.run.is_dir():
@@ -288,6 +294,7 @@ COMMANDS = {
     "placement": run_placement,
     "plot": run_plot,
     "eval": run_eval,
+    "export": run_export,
     "play": run_play,
     "record": run_record,
     "collect": run_collect,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_recording_options(parser: argparse.ArgumentParser) -> None:
@@ -86,3 +87,29 @@ def add_robot_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=5000, help="port to listen on; 0 takes a free one (5000)")
     parser.add_argument("--park", action="store_true", help="in the end move to the reset joints instead of holding")
     parser.add_argument("--verbose", action="store_true", help="log every request and every limit")
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """What is exported, where to, and of which type."""
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints/global_step_<N>"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the run's own config")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="new folder (exports/ inside RUN)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="of pi0's weights (that in which the run's policy acts)"
+    )
+
+
+def add_play_options(parser: argparse.ArgumentParser) -> None:
+    """What is filmed, and how it is shown."""
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints/global_step_<N>"
+    )
+    parser.add_argument("--envs", type=int, default=4, metavar="N", help="episodes, side by side in the picture (4)")
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help="other initial states than those of the run's evaluations"
+    )
+    parser.add_argument("--stochastic", action="store_true", help="explore as in training")
+    parser.add_argument("--window", action="store_true", help="show the film in a window too")
+    parser.add_argument("-o", "--output", type=Path, metavar="MP4", help="the film (default: videos/ inside RUN)")

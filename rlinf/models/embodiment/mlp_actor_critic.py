@@ -97,10 +97,17 @@ class MlpActorCritic(nn.Module):
     def evaluate(self, obs: Obs, decision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log densities [B, H, A], entropies [B, H, A] and values [B] of decisions [B, H·A]."""
         state = self._state(obs)
-        deviations = (decision - self.net(state).float()) * torch.exp(-self.log_std)
-        log_prob = self._per_element(-0.5 * deviations.square() - self.log_std - LOG_SQRT_TAU)
+        log_prob = self._log_prob(state, decision)
         entropy = self._per_element((self.log_std + UNIT_GAUSSIAN_ENTROPY).expand_as(decision))
         return log_prob, entropy, self.value_net(state).squeeze(-1)
+
+    def log_prob(self, obs: Obs, decision: Tensor) -> Tensor:
+        """Log densities [B, H, A] alone."""
+        return self._log_prob(self._state(obs), decision)
+
+    def _log_prob(self, state: Tensor, decision: Tensor) -> Tensor:
+        deviations = (decision - self.net(state).float()) * torch.exp(-self.log_std)
+        return self._per_element(-0.5 * deviations.square() - self.log_std - LOG_SQRT_TAU)
 
     @torch.no_grad()
     def act(self, obs: Obs, mode: Mode, noise: Tensor | None = None) -> ActionOut:

@@ -56,6 +56,16 @@ def test_the_ratio_is_one_before_the_first_step(method, joint, dtype):
     assert entropy.shape == log_prob.shape
 
 
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("after_vlm", [True, False])
+def test_densities_alone_are_the_same_numbers(joint, after_vlm, monkeypatch):
+    network, obs = policy(replace(WALK, joint=joint), value_after_vlm=after_vlm), observe()
+    decision = network.act(obs, "train", draw(network)).decision
+    expected, _, _ = network.evaluate(obs, decision)
+    monkeypatch.setattr(network, "_value", lambda _: pytest.fail("no value was asked for"))
+    assert torch.equal(network.log_prob(obs, decision), expected)
+
+
 @pytest.mark.parametrize("config", [TINY, TINY_PI05], ids=["pi0", "pi05"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_the_density_of_a_walk_is_that_of_its_gaussians(config, reduction):

@@ -51,6 +51,7 @@ from rlinf.functional.denoising import (
 from rlinf.functional.squash import LOG_SQRT_TAU
 from rlinf.models.embodiment.openpi.dataconfig.robot import Pipeline
 from rlinf.models.embodiment.openpi.model import Pi0, Prefix, denoising_times
+from rlinf.models.embodiment.openpi.shared_weights import SharedWeights
 from rlinf.models.embodiment.openpi.transforms import compose, model_inputs
 from rlinf.models.modules.mlp import mlp
 
@@ -165,6 +166,7 @@ class Pi0ActorCritic(nn.Module):
                 p.requires_grad_(id(p) in kept)
         self._frozen = frozenset(name for name, p in self.named_parameters() if not p.requires_grad)
         self.register_buffer("frozen_mark", torch.tensor(frozen_mark if self._frozen else 0, device=device))
+        self._shared: SharedWeights | None = None
         self.register_state_dict_post_hook(_leave_out_frozen)
         self.register_load_state_dict_post_hook(_miss_no_frozen)
 
@@ -186,6 +188,17 @@ class Pi0ActorCritic(nn.Module):
     def held(self) -> list[Tensor]:
         """All tensors, those that are frozen too."""
         return [*self.parameters(), *self.buffers()]
+
+    def share_frozen(self, key: str) -> None:
+        """Keep what is frozen in the memory that other policies of this process have for it, here and where they go.
+
+        `key` tells this model from others. From now on nobody may write into it, nor empty it.
+        """
+        frozen = [(name, p) for name, p in self.named_parameters() if name in self._frozen]
+        self._shared = SharedWeights(f"{key} {int(self.frozen_mark)}", frozen)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Pi0ActorCritic:
+        return super()._apply(fn if self._shared is None else self._shared.moving(fn), recurse)
 
     def set_noise_level(self, level: float) -> None:
         """α of flow_sde and flow_cps from now on; the copies that act take it over with the weights."""
@@ -235,8 +248,13 @@ class Pi0ActorCritic(nn.Module):
         """Log densities [B, C, A'], entropies of the noise [B, C, A'] and values [B]. The prefix is computed once."""
         self._check("decision", decision)
         prefix = self._encode(obs)
-        log_prob, entropy = (self._walk_terms if self.walk.joint else self._step_terms)(prefix, decision)
+        log_prob, entropy = self._terms(prefix, decision)
         return log_prob, entropy, self._value(prefix)
+
+    def log_prob(self, obs: Obs, decision: Tensor) -> Tensor:
+        """Log densities [B, C, A'] alone: without the language model's last output, or the expert's for the value."""
+        self._check("decision", decision)
+        return self._terms(self._encode(obs, with_output=False), decision)[0]
 
     def value(self, obs: Obs) -> Tensor:
         """V(s) [B]."""
@@ -268,6 +286,10 @@ class Pi0ActorCritic(nn.Module):
             if k < self.walk.noisy:
                 log_prob = log_prob + self._executed(step_log_prob(x, step))
         return x, torch.stack(chain, 1), self._reduce(log_prob)
+
+    def _terms(self, prefix: Prefix, decision: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities and entropies."""
+        return (self._walk_terms if self.walk.joint else self._step_terms)(prefix, decision)
 
     def _walk_terms(self, prefix: Prefix, chain: Tensor) -> tuple[Tensor, Tensor]:
         log_prob = self._executed(self._start_term(chain[:, 0]))
@@ -316,9 +338,9 @@ class Pi0ActorCritic(nn.Module):
 
     # ---- parts
 
-    def _encode(self, obs: Obs) -> Prefix:
+    def _encode(self, obs: Obs, *, with_output: bool = True) -> Prefix:
         inputs = model_inputs(self.prepare(obs), self.model.action_in_proj.weight.device)
-        return self.model.encode(inputs, with_output=self.value_after_vlm)
+        return self.model.encode(inputs, with_output=with_output and self.value_after_vlm)
 
     def _value(self, prefix: Prefix) -> Tensor:
         if self.value_after_vlm:

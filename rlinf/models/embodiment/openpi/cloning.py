@@ -5,8 +5,6 @@ B batch, H actions per chunk, A action size of the model, A' of the robot
 
 from __future__ import annotations
 
-from typing import Literal
-
 from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -14,9 +12,9 @@ from torch import Tensor, nn
 from rlinf.core.config import Config
 from rlinf.core.types import Obs
 from rlinf.models.embodiment.openpi.config import Pi0Config
-from rlinf.models.embodiment.openpi.dataconfig import DataConfig, Pipeline
+from rlinf.models.embodiment.openpi.dataconfig import Pipeline
 from rlinf.models.embodiment.openpi.model import Pi0, Prefix
-from rlinf.models.embodiment.openpi.robot_keys import RobotKeys
+from rlinf.models.embodiment.openpi.robot_keys import CheckpointKeys
 
 
 class TrainedParts(Config):
@@ -27,30 +25,13 @@ class TrainedParts(Config):
     # The expert always learns: the loss is of its actions.
 
 
-class OpenpiCloningConfig(Config):
+class OpenpiCloningConfig(CheckpointKeys):
     """Keys of `model` for `model_type: openpi`: π0 or π0.5, trained by supervision."""
 
-    model_type: Literal["openpi"] = Field("openpi", description="Selects this policy.")
-    model_path: str | None = Field(
-        None,
-        description="File or folder with the weights to start from, in safetensors, as openpi and LeRobot publish them "
-        "or as this program exports them. null: random weights, for openpi.size: tiny alone.",
-    )
     norm_stats_path: str | None = Field(
         None,
         description="norm_stats.json, or a folder with it, by which states and actions are normalised. null: those of "
         "this robot beside the weights in model_path, or else computed from the data sets in their proportions.",
-    )
-    tokenizer_path: str | None = Field(
-        None,
-        description="PaliGemma's tokenizer. null: tokenizer.model or paligemma_tokenizer.model in model_path; a tiny "
-        "model reads words by numbers of their letters.",
-    )
-    precision: Literal["fp32", "bf16"] | None = Field(
-        None, description="What is computed in, and exported; null: bf16 on a GPU, fp32 on a CPU. Learned in float32."
-    )
-    policy_setup: str | None = Field(
-        None, description="Robot and action convention; fixes the control mode of simulators that have several."
     )
     num_action_chunks: int = Field(5, gt=0, description="So many actions of the chunk are played in evaluations.")
     num_steps: int = Field(4, gt=0, description="K, Euler steps from noise to actions in evaluations.")
@@ -71,15 +52,9 @@ class OpenpiCloningConfig(Config):
         "robot's own. 0: they are masked. A model from random weights needs them, 0.1 say: its walk from noise to "
         "actions carries them along, and would leave what training has shown.",
     )
-    openpi: RobotKeys = Field(default_factory=RobotKeys, description="Robot and size.")
 
     @model_validator(mode="after")
     def _fits(self) -> OpenpiCloningConfig:
-        if self.model_path is None and self.openpi.size == "full":
-            raise ValueError(
-                "model_path must name the folder with the weights of pi0 to start from; random ones are for "
-                "openpi.size: tiny alone"
-            )
         horizon = self.robot().model.action_horizon
         if self.num_action_chunks > horizon:
             raise ValueError(
@@ -87,10 +62,6 @@ class OpenpiCloningConfig(Config):
                 f"{horizon} actions"
             )
         return self
-
-    def robot(self) -> DataConfig:
-        """The data configuration with the sizes of the model, as recipes that act with it have it."""
-        return self.openpi.robot()
 
 
 class Pi0Cloning(nn.Module):

@@ -8,6 +8,7 @@ of its own, and the prefix (images and prompt) is computed once for all of its s
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from rlinf.core.errors import CheckpointError, DataError
 from rlinf.core.types import Obs
-from rlinf.models.embodiment.openpi.checkpoint import find_files, load_pi0
+from rlinf.models.embodiment.openpi.checkpoint import find_files, load_pi0, save_pi0
 from rlinf.models.embodiment.openpi.dataconfig import DataConfig, Pipeline
 from rlinf.models.embodiment.openpi.model import Pi0, build_pi0
-from rlinf.models.embodiment.openpi.norm_stats import NormStats, read_norm_stats
+from rlinf.models.embodiment.openpi.norm_stats import NormStats, read_norm_stats, write_norm_stats
 from rlinf.models.embodiment.openpi.tokenizer import WHERE, SentencePieceTokenizer, Tokenizer, WordTokenizer
 
 TOKENIZER_FILES = ("tokenizer.model", "paligemma_tokenizer.model")
@@ -67,9 +68,24 @@ def load_openpi(robot: DataConfig, path: Path, tokenizer: Tokenizer, *, dtype: t
 
     Raises CheckpointError or DataError naming the file that is missing or does not fit.
     """
+    find_files(path)  # says so where there are none
     folder = path if path.is_dir() else path.parent
     pipeline = robot.pipeline(read_norm_stats(folder, robot.asset_id), tokenizer)
     return load_pi0(path, robot.model, dtype=dtype)[0], pipeline
+
+
+def save_openpi(model: Pi0, pipeline: Pipeline, folder: Path) -> None:
+    """Inverse of `load_openpi`: openpi's model.safetensors and config.json, norm_stats.json, and the tokenizer's file.
+
+    Raises CheckpointError or DataError where they cannot be written.
+    """
+    save_pi0(model, folder)
+    write_norm_stats(pipeline.stats, folder)
+    if isinstance(pipeline.tokenizer, SentencePieceTokenizer):
+        try:
+            shutil.copyfile(pipeline.tokenizer.path, folder / TOKENIZER_FILES[0])
+        except OSError as error:
+            raise CheckpointError(f"the tokenizer could not be written into {folder}: {error}") from error
 
 
 def random_openpi(robot: DataConfig, *, dtype: torch.dtype = torch.float32) -> tuple[Pi0, Pipeline]:

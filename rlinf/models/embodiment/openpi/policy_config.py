@@ -6,13 +6,12 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rlinf.core.config import Config
 from rlinf.core.errors import ConfigError
 from rlinf.functional.denoising import NoiseMethod
 from rlinf.models.embodiment.dsrl_keys import DsrlKeys
 from rlinf.models.embodiment.openpi.actor_critic import VALUE_HIDDEN_DIMS, Walk
 from rlinf.models.embodiment.openpi.dataconfig import DataConfig
-from rlinf.models.embodiment.openpi.robot_keys import RobotKeys
+from rlinf.models.embodiment.openpi.robot_keys import CheckpointKeys, RobotKeys
 
 
 class OpenpiKeys(RobotKeys, DsrlKeys):
@@ -77,28 +76,9 @@ class OpenpiKeys(RobotKeys, DsrlKeys):
     )
 
 
-class OpenpiConfig(Config):
+class OpenpiConfig(CheckpointKeys):
     """Keys of `actor.model` for `model_type: openpi`: π0 or π0.5."""
 
-    model_type: Literal["openpi"] = Field("openpi", description="Selects this policy.")
-    model_path: str | None = Field(
-        None,
-        description="File or folder with the weights in safetensors, as openpi and LeRobot publish them and run_sft.sh "
-        "writes them, and with the statistics (norm_stats.json). null: random weights, for openpi.size: tiny alone.",
-    )
-    tokenizer_path: str | None = Field(
-        None,
-        description="PaliGemma's tokenizer. null: tokenizer.model or paligemma_tokenizer.model in model_path; a tiny "
-        "model reads words as numbers that their letters make.",
-    )
-    precision: Literal["fp32", "bf16"] | None = Field(
-        None,
-        description="Type of frozen weights and of those that act; null: bf16 on a GPU and fp32 on a CPU. What learns "
-        "is float32, and actor.precision is what it computes in.",
-    )
-    policy_setup: str | None = Field(
-        None, description="Robot and action convention; fixes the control mode of simulators that have several."
-    )
     obs_dim: int | None = Field(None, gt=0, description="Expected size of the state; checked against the env.")
     action_dim: int | None = Field(None, gt=0, description="Expected size of an action; checked against the env.")
     num_action_chunks: int = Field(5, gt=0, description="So many actions of the model's chunk are played.")
@@ -107,14 +87,6 @@ class OpenpiConfig(Config):
         False, description="Normalise the state that policy and critics see by its running mean and deviation."
     )
     openpi: OpenpiKeys = Field(default_factory=OpenpiKeys, description="Checkpoint, and what is learned.")
-
-    @model_validator(mode="after")
-    def _has_weights(self) -> OpenpiConfig:
-        if self.model_path is None and self.openpi.size == "full":
-            raise ValueError(
-                "model_path must name the folder with the weights of pi0; random ones are for openpi.size: tiny alone"
-            )
-        return self
 
     @model_validator(mode="after")
     def _walks(self) -> OpenpiConfig:

@@ -43,6 +43,16 @@ class Pipeline:
     inputs: tuple[Transform, ...]
     outputs: tuple[Transform, ...]
 
+    @property
+    def stats(self) -> Mapping[str, NormStats]:
+        """What states and actions are normalised by."""
+        return next(transform.stats for transform in self.inputs if isinstance(transform, Normalize))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What reads the prompts."""
+        return next(transform.tokenizer for transform in self.inputs if isinstance(transform, TokenizePrompt))
+
     def encode(self, obs: Obs, device: torch.device | str = "cpu") -> Pi0Inputs:
         """Observations as the environment gives them → the model's inputs on a device."""
         return model_inputs(compose(self.inputs)(obs), device)
