@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 import rlinf
-from rlinf.core.errors import ConfigError
+from rlinf.core.errors import CheckpointError, ConfigError
 from rlinf.data.demos import meta_of, read_index
 from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.config import Root
-from rlinf.launch.decoders import named_decoder
+from rlinf.launch.decoders import TRAIN_COMMAND, named_decoder
 from rlinf.launch.demonstrations import read_demonstrations
 from rlinf.launch.parse import load_as
 from rlinf.launch.pi0_policy import find_pi0
@@ -54,9 +56,23 @@ def check_pi0(config: Root) -> None:
     model = config.actor.model
     if not isinstance(model, OpenpiConfig) or model.openpi.use_dsrl:
         return
+    _say_who_makes(model)
     find_pi0(model)
     if config.actor.use_real_data_co_training and not config.runner.only_eval:
         read_demonstrations(config)
+
+
+def _say_who_makes(model: OpenpiConfig) -> None:
+    """Raise CheckpointError naming the recipe of stage I where its weights are not there yet."""
+    weights = model.weights()
+    if weights is None or weights.exists():
+        return
+    for recipe in sorted(find_sft_config_dir().glob("*.yaml")):
+        exported = (yaml.safe_load(recipe.read_text()).get("runner") or {}).get("export_dir")
+        if exported == model.model_path:
+            raise CheckpointError(
+                f"actor.model.model_path: {exported} is not there; stage I makes it: {TRAIN_COMMAND} {recipe.stem}"
+            )
 
 
 def record_missing_demos(config: Root) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlinf.core.errors import DataError
+from rlinf.core.errors import CheckpointError, DataError
 from rlinf.launch.demonstrations import RECORD, find_demonstrations, read_demonstrations
 from rlinf.launch.parse import load_config
+from rlinf.launch.prerequisites import check_pi0
 from rlinf.launch.run import run_directory, train
 from rlinf.launch.twin_objects import remark_on_objects
 from rlinf.models.embodiment.openpi.norm_stats import read_norm_stats, write_norm_stats
@@ -105,3 +106,13 @@ def test_the_twins_published_objects_are_named_where_somebody_has_them(monkeypat
     overrides = [word for word in told.split() if ".id=" in word]
     asked = load_config("maniskill_ppo_co_training_openpi_pi05", ["profile=cpu", *overrides], CONFIG_DIR).env
     assert remark_on_objects({"env.train": asked.train, "env.eval": asked.eval}) is None
+
+
+def test_the_recipe_of_stage_one_is_named_where_its_weights_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = "maniskill_ppo_co_training_openpi_pi05_tiny"
+    config = load_config(recipe, ["profile=cpu"], CONFIG_DIR, has_gpu=lambda: False)
+    with pytest.raises(CheckpointError, match=r"run_sft\.sh maniskill_sft_openpi_pi05_tiny$"):
+        check_pi0(config)
