@@ -4,8 +4,8 @@
 # make clean    remove caches and build leftovers; keeps .venv and logs
 
 VENV ?= .venv
-# Half as many again as there are cores: many tests wait for processes of their own.
-JOBS ?= $(shell n=$$(nproc); n=$$(( n + n / 2 )); echo $$(( n > 12 ? 12 : n )))
+# Twice as many as there are cores: many tests wait for processes of their own.
+JOBS ?= $(shell n=$$(( 2 * $$(nproc) )); echo $$(( n > 12 ? 12 : n )))
 PYTHON := $(VENV)/bin/python
 
 # One thread per process: the tests already run in as many processes as there are cores.
@@ -15,7 +15,7 @@ export MKL_NUM_THREADS ?= 1
 .PHONY: test lint format clean setup
 
 test: setup lint
-	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 lint: setup
 	$(PYTHON) -m ruff check .

@@ -225,7 +225,7 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     print_setting(arguments.threads)
-    processes, rounds, budget_s = ((1,), 1, 0.2) if arguments.quick else ((1, 2), arguments.rounds, arguments.seconds)
+    processes, rounds, budget_s = ((1,), 1, 0.05) if arguments.quick else ((1, 2), arguments.rounds, arguments.seconds)
     report_state(processes, rounds, budget_s)
     # A picture of the full meshes takes half a second: too long to show that it works.
     report_vision(processes, ("cheap",) if arguments.quick else ("cheap", "full"), rounds, budget_s)

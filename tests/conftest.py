@@ -1,17 +1,68 @@
-"""What a test run may leave out: with `--may-skip REASON`, a test that is skipped for any other reason fails."""
+"""What all tests share: processes on Ray, the order of a run, and what a run may leave out.
+
+With `--may-skip REASON`, a test that is skipped for any other reason fails.
+"""
 
 from __future__ import annotations
 
+import ctypes.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from rlinf.runtime.interface import Runtime
+    from rlinf.runtime.ray_backend import RayRuntime
 
+# ManiSkill imports MuJoCo too, which then draws through what is chosen by now.
+if ctypes.util.find_library("EGL") is not None:
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+TESTS = Path(__file__).parent
 LOOPBACK = "127.0.0.1"
+
+RAY_FILES = (
+    "loops/test_whole_runs.py",
+    "runtime/test_backends.py",
+    "launch/test_processes.py",
+    "envs/test_egl_devices.py",
+)
+"""They wait more than they work. Their group shares one cluster and its processes."""
+RANKS_FILES = (
+    "algorithms/test_fsdp.py",
+    "launch/test_build_ranks.py",
+    "workers/test_learner_fsdp.py",
+    "algorithms/test_dsrl_na.py",
+    "algorithms/test_ranks.py",
+    "workers/test_learner_ranks.py",
+)
+"""Their group shares the process that their ranks are forked from (`ranks.py`)."""
+MANISKILL_FILES = ("envs/test_maniskill.py", "envs/test_maniskill_twin.py", "envs/test_maniskill_fast.py")
+"""Their group shares ManiSkill, which takes seconds to be imported."""
+LONGEST_FIRST = (
+    *RAY_FILES,
+    "contracts/test_envs.py",
+    "benchmarks/test_benchmarks.py",
+    "learning/test_policies_learn.py",
+    "test_fresh_clone.py",
+    *MANISKILL_FILES,
+    *RANKS_FILES,
+    "launch/test_recipes.py",
+    "launch/test_run.py",
+    "envs/realworld/test_safety_properties.py",
+    "runtime/test_cluster.py",
+    "envs/test_libero.py",
+    "envs/test_subproc.py",
+    "data/test_lerobot_faults.py",
+    "launch/test_co_training_openpi.py",
+    "examples/test_tutorial.py",
+    "test_conftest.py",
+    "runners/test_interrupt.py",
+)
+"""Files that take long begin early, so that at the end of a run no process is left alone with one."""
 
 
 @pytest.fixture(scope="session")
@@ -28,27 +79,42 @@ def ray_machine() -> Iterator[Any]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module", params=["local", "ray"])
-def make_runtime(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Runtime]]:
-    """The runtime of a module with so many processes; once for each backend."""
+@pytest.fixture(scope="session")
+def processes_on_ray(ray_machine: Any) -> Iterator[RayRuntime]:
+    """Four processes for all tests, which take seconds to start; see `on_ray`."""
+    from rlinf.runtime.ray_backend import RayRuntime, Seat
+
+    runtime = RayRuntime([Seat(f"process {i}", ray_machine.node_id, LOOPBACK) for i in range(4)])
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def on_ray(processes_on_ray: RayRuntime) -> RayRuntime:
+    """A runtime with four processes, which a test may kill. It names its channels and weights as no other test does."""
+    from tests.revival import all_alive
+
+    return all_alive(processes_on_ray)
+
+
+@pytest.fixture(params=["local", "ray"])
+def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
+    """The runtime of each backend; with up to four processes."""
     from rlinf.runtime.local import LocalRuntime
 
-    made: dict[int, Runtime] = {}
+    if request.param == "ray":
+        yield request.getfixturevalue("on_ray")
+        return
+    local = LocalRuntime()
+    yield local
+    local.close()
 
-    def make(processes: int) -> Runtime:
-        if processes not in made:
-            made[processes] = LocalRuntime() if request.param == "local" else start(processes)
-        return made[processes]
 
-    def start(processes: int) -> Runtime:
-        from rlinf.runtime.ray_backend import RayRuntime, Seat
-
-        machine = request.getfixturevalue("ray_machine")
-        return RayRuntime([Seat(f"process {i}", machine.node_id, LOOPBACK) for i in range(processes)])
-
-    yield make
-    for runtime in made.values():
-        runtime.close()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first. What has a group stays in one process (`--dist loadgroup`), with what it shares."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    names = {item: item.path.relative_to(TESTS).as_posix() for item in items if item.path.is_relative_to(TESTS)}
+    items.sort(key=lambda item: ranks.get(names.get(item, ""), len(ranks)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,7 +24,9 @@ def run_ranks(
 
     `work` has to be a function of a module. A rank that raises fails the test with its traceback.
     """
-    context = multiprocessing.get_context("spawn")
+    # One process imports what takes long, for all that it forks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "pydantic", "hydra", "pytest"])
     children = [
         context.Process(target=_serve, args=(rank, size, str(directory), work, arguments), daemon=True)
         for rank in range(size)

@@ -31,7 +31,8 @@ def test_what_may_not_be_skipped_fails(tmp_path, monkeypatch, options, told):
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "1", *options]
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # Hydra's and Hypothesis' take longer than the tests
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "xdist", "-n", "1", *options]
     command.append("--continue-on-collection-errors")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert told in done.stdout, done.stdout + done.stderr

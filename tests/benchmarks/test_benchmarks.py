@@ -1,11 +1,14 @@
 """The benchmarks: their instruments measure, their peer computes the same, and each prints its table."""
 
+import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +32,31 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def output_of(script: str, *words: str, cwd: Path = ROOT) -> str:
+def output_of(script: str, *words: str) -> str:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), "--quick", *words],
-        cwd=cwd, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
+
+
+@pytest.fixture
+def output_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a script prints that is run in this process, which has imported torch already."""
+
+    def run(script: str, *words: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        threads = torch.get_num_threads()
+        try:
+            assert (importlib.import_module(script.removesuffix(".py")).main() or 0) == code
+        finally:
+            torch.set_num_threads(threads)
+        said = capsys.readouterr()
+        return said.err if code else said.out
+
+    return run
 
 
 def assert_fits(tables: str) -> None:
@@ -219,14 +240,10 @@ def test_overrides_may_stand_anywhere():
     assert options.overrides == ["algorithm.gamma=0.9", "runner.max_epochs=5"]
 
 
-def test_a_wrong_override_is_named_at_once(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "time_to_success.py"), "algorithm.gama=0.9", "--out", str(tmp_path / "r")],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "did you mean" in done.stderr
-    assert "algorithm.gamma" in done.stderr
+def test_a_wrong_override_is_named_at_once(tmp_path, output_here):
+    said = output_here("time_to_success.py", "algorithm.gama=0.9", "--out", str(tmp_path / "r"), code=2)
+    assert "did you mean" in said
+    assert "algorithm.gamma" in said
 
 
 def options_and_config(recipe: str, *words: str):
@@ -375,8 +392,8 @@ def test_updates_prints_both_tables():
     assert ("(stable_baselines3 skipped" in out) != HAS_PEER
 
 
-def test_replay_prints_its_tables():
-    assert "stable_baselines3" in output_of("replay.py")
+def test_replay_prints_its_tables(output_here):
+    assert "stable_baselines3" in output_here("replay.py", "--quick")
 
 
 def test_a_run_over_processes_ends_cleanly():
@@ -401,8 +418,8 @@ def start_instead(popen, code: str, command: list[str], **how) -> subprocess.Pop
 
 @pytest.mark.sim
 @pytest.mark.slow
-def test_env_steps_prints_its_table():
-    out = output_of("env_steps.py")
+def test_env_steps_prints_its_table(output_here):
+    out = output_here("env_steps.py", "--quick")
     assert_fits(out.partition("\n\n")[2])
     for row in ("rlinf      1 proc, 2 envs, H=5", "as shipped 1 proc", "scene loop 1 proc", "physics    1 proc"):
         assert row in out
@@ -410,26 +427,26 @@ def test_env_steps_prints_its_table():
 
 @pytest.mark.sim
 @pytest.mark.slow
-def test_frankasim_steps_prints_its_tables():
-    out = output_of("frankasim_steps.py")
+def test_frankasim_steps_prints_its_tables(output_here):
+    out = output_here("frankasim_steps.py", "--quick")
     for row in ("rlinf      1 proc, 16 envs, H=5", "numpy      1 proc", "mj_step    1 proc", "cheap      1 proc"):
         assert row in out
 
 
 @pytest.mark.sim
 @pytest.mark.slow
-def test_libero_steps_prints_its_table():
-    out = output_of("libero_steps.py")
+def test_libero_steps_prints_its_table(output_here):
+    out = output_here("libero_steps.py", "--quick")
     assert_fits(out.partition("\n\n")[2])
     assert "rlinf      1 proc, 2 envs, H=5" in out
 
 
 @pytest.mark.sim
 @pytest.mark.slow
-def test_time_to_success_runs_a_recipe_and_its_peer(tmp_path):
+def test_time_to_success_runs_a_recipe_and_its_peer(tmp_path, output_here):
     recipe = "maniskill_sac_flow_state"
     words = ["--recipe", recipe, "--out", str(tmp_path / "results.jsonl"), *(["--peer", "sb3"] if HAS_PEER else [])]
-    out = output_of("time_to_success.py", *words, cwd=tmp_path)
+    out = output_here("time_to_success.py", "--quick", *words)
     assert f"rlinf {recipe}: 0 of 1 seeds" in out
     assert ("stable_baselines3: 0 of 1 seeds" in out) == HAS_PEER
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -440,13 +457,11 @@ def test_time_to_success_runs_a_recipe_and_its_peer(tmp_path):
 
 @pytest.mark.sim
 @pytest.mark.slow
-def test_the_peer_on_franka_sim_learns_and_is_evaluated(tmp_path):
+def test_the_peer_on_franka_sim_learns_and_is_evaluated(tmp_path, output_here):
     pytest.importorskip("stable_baselines3")
     journal = tmp_path / "peer.jsonl"
     words = ["--envs", "4", "--journal", str(journal), "--eval-steps", "16", "--episodes", "2", "--steps", "64"]
-    subprocess.run(
-        [sys.executable, str(BENCHMARKS / "sb3_frankasim.py"), *words], cwd=tmp_path, check=True, timeout=240
-    )
+    output_here("sb3_frankasim.py", *words)
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     assert rows[-1]["time/updates"] > 0
     assert any("eval/success_once" in row for row in rows)

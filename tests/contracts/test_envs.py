@@ -1,8 +1,10 @@
 """What every VectorEnv keeps, whoever simulates it."""
 
 import copy
+import gc
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from rlinf.envs.libero.config import LiberoConfig
 from rlinf.envs.maniskill import vulkan
 from rlinf.envs.maniskill.config import CONTROL_MODES, TWIN_TASK, ManiSkillConfig
 from rlinf.envs.realworld.config import RealWorldConfig
+
+pytestmark = pytest.mark.xdist_group("contracts")
 
 N, LIMIT = 3, 4
 VISION = "PandaPickCubeVision-v0"
@@ -129,9 +133,12 @@ _open: dict[tuple, VectorEnv] = {}
 @pytest.fixture(scope="module", autouse=True)
 def close_all():
     yield
-    for env in _open.values():
-        env.close()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gc, "collect", lambda: 0)  # once for all of them
+        for env in _open.values():
+            env.close()
     _open.clear()
+    gc.collect()
 
 
 @pytest.fixture(params=KINDS)
@@ -139,18 +146,21 @@ def kind(request):
     return request.param
 
 
+def opened(kind, copy=0, **rules):
+    """An environment, made now or by an earlier test under the same rules."""
+    if rules:  # two rows show a rule as well as three
+        rules = {"num_envs": min(2, kind.num_envs)} | rules
+    rules = {"ignore_terminations": True} | rules
+    key = (kind, copy, *sorted(rules.items()))
+    if key not in _open:
+        _open[key] = kind.make(**rules)
+    return _open[key]
+
+
 @pytest.fixture
 def made(kind):
-    """Makes environments, or takes one up that an earlier test made under the same rules."""
-
-    def make(copy=0, **rules):
-        rules = {"ignore_terminations": True} | rules
-        key = (kind, copy, *sorted(rules.items()))
-        if key not in _open:
-            _open[key] = kind.make(**rules)
-        return _open[key]
-
-    return make
+    """`opened` for this kind."""
+    return partial(opened, kind)
 
 
 def actions(env, horizon=1, seed=0):
@@ -296,7 +306,7 @@ def test_groups_begin_in_the_same_state(made):
 
 @pytest.mark.parametrize("kind", PAID)
 def test_relative_reward_telescopes_and_scale_is_applied_last(made):
-    plain, relative = made(), made(use_rel_reward=True, reward_scale=2.0)
+    plain, relative = made(), made(num_envs=made().num_envs, use_rel_reward=True, reward_scale=2.0)
     plain.reset(0), relative.reset(0)
     rewards = torch.cat([step.reward for step in play(plain, LIMIT)], 1)
     steps = play(relative, LIMIT)
@@ -325,18 +335,19 @@ def test_an_action_that_is_not_a_number_is_an_error(made):
         env.step(bad)
 
 
-def test_saved_state_continues_to_the_bit(made):
+def test_saved_state_continues_to_the_bit(made, kind):
     env = made()
     env.reset(11)
     play(env, LIMIT + 2)
     state = env.state_dict()
     expected = play(env, LIMIT)
-    other = made(copy=1)
-    other.load_state_dict(state)
-    for mine, theirs in zip(expected, play(other, LIMIT), strict=True):
-        assert_same(mine.obs, theirs.obs)
-        assert torch.equal(mine.reward, theirs.reward)
-        assert torch.equal(mine.info["episode/return"], theirs.info["episode/return"])
+    # Another environment of its kind goes on, in this process, and so does the same one, wherever its rows are.
+    for other in (opened(replace(kind, num_workers=0), copy=1), env):
+        other.load_state_dict(state)
+        for mine, theirs in zip(expected, play(other, LIMIT), strict=True):
+            assert_same(mine.obs, theirs.obs)
+            assert torch.equal(mine.reward, theirs.reward)
+            assert torch.equal(mine.info["episode/return"], theirs.info["episode/return"])
 
 
 def test_records_do_not_change_afterwards(made):
@@ -353,24 +364,25 @@ def test_without_a_picture_render_is_none(made):
     assert env.render() is None
 
 
-def test_closing_twice_is_allowed_and_stepping_then_is_not(made):
-    env = made(copy=1)
-    env.reset(0)
-    env.close()
-    env.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        env.step(torch.zeros(env.num_envs, 1, env.spaces.action_dim))
-
-
 @pytest.mark.sim
 @pytest.mark.skipif(importlib.util.find_spec("mani_skill") is None, reason="ManiSkill is not installed")
 def test_neither_processes_nor_stepping_change_what_happens():
     kinds = [Kind("maniskill", 0, "fast"), Kind("maniskill", 2, "fast"), Kind("maniskill", 0, "maniskill")]
     seen = []
     for kind in kinds:
-        env = kind.make(ignore_terminations=True)
+        env = opened(kind)
         obs = [env.reset(4), *(step.obs for step in play(env, LIMIT + 1))]
         seen.append(np.stack([o["state"].numpy() for o in obs]))
-        env.close()
     assert np.array_equal(seen[0], seen[1])
     assert np.allclose(seen[0], seen[2], atol=1e-6)
+
+
+def test_closing_twice_is_allowed_and_stepping_then_is_not(made):
+    env = made()
+    [key] = [key for key, other in _open.items() if other is env]
+    del _open[key]
+    env.reset(0)
+    env.close()
+    env.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        env.step(torch.zeros(env.num_envs, 1, env.spaces.action_dim))

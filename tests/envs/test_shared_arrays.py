@@ -7,7 +7,7 @@ import torch
 
 from rlinf.core.errors import ShapeError
 from rlinf.envs.shared_arrays import SharedArrays, receive, send
-from rlinf.envs.subproc_main import encoded
+from rlinf.envs.subproc_server import encoded
 
 LAYOUT = {"flag": ((3,), "bool"), "picture": ((2, 5, 7, 3), "uint8"), "state": ((2, 3), "float32")}
 

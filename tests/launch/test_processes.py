@@ -25,9 +25,10 @@ from rlinf.launch.processes import layout_of, nodes_of, seats_of
 from rlinf.launch.run import train
 from rlinf.runners.checkpoint import find, verify
 from rlinf.runtime.cluster import Machine
-from rlinf.runtime.local import LocalRuntime
 from rlinf.runtime.placement import NodeGroup, make_plan
 from tests.fakes import CountingActor, CountingAlgorithm, CountingEnv, build_crew_on
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "examples/embodiment/config"
 MACHINES = [Machine(f"id {i}", f"gpu{i}", f"10.0.0.{i}", 16, 8) for i in range(2)]
@@ -81,9 +82,7 @@ class Alone(OneRank):
     rank: int = 0
 
 
-@pytest.mark.usefixtures("ray_machine")
-@pytest.mark.parametrize("backend", ["local", "ray"])
-def test_all_experience_of_the_hybrid_layout_reaches_its_learners(tmp_path, ray_machine, backend):
+def test_all_experience_of_the_hybrid_layout_reaches_its_learners(runtime, tmp_path):
     """With four processes in place of 32: whose worker sits where is all that differs."""
     _, _, layout = plan_of(HYBRID, stages=2)
     folded = type(layout)(
@@ -91,20 +90,16 @@ def test_all_experience_of_the_hybrid_layout_reaches_its_learners(tmp_path, ray_
         layout.answered_by,
         layout.learned_by,
     )
-    runtime = LocalRuntime()
-    if backend == "ray":
-        from rlinf.runtime.ray_backend import RayRuntime, Seat
-
-        runtime = RayRuntime([Seat(f"process {i}", ray_machine.node_id, "127.0.0.1") for i in range(4)])
     envs = [[partial(CountingEnv, 2, 4 * rank + 2 * stage) for stage in range(2)] for rank in range(8)]
-    crew = build_crew_on(runtime, folded, envs, CountingActor, CountingAlgorithm, learner_ranks=Alone)
+    crew = build_crew_on(
+        runtime, folded, envs, CountingActor, CountingAlgorithm, learner_ranks=Alone, name=str(tmp_path)
+    )
     crew.publish()
     for _ in range(3):
         crew.collect(chunks=4, segments=1).wait()
         crew.ingest()
     seen = crew.learner.run(_seen).wait()
     assert crew.close() == []
-    runtime.close()
     assert [count for count, _ in seen] == [3] * 16, "a segment of each collection"
     assert torch.equal(torch.cat([ids for _, ids in seen]).sort().values, torch.arange(32.0)), "every environment once"
 

@@ -43,15 +43,22 @@ def test_nothing_is_solved_without_learning(tmp_path):
     assert solved(tmp_path, "reach_sac_flow", "algorithm.update_epoch=1", "runner.max_epochs=5")[-1] < 0.5
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a clone, which the first run that needs one makes."""
+    return tmp_path_factory.mktemp("steering")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("aliasing", [False, True])
-def test_steering_makes_a_good_policy_of_a_careless_clone(tmp_path, aliasing, monkeypatch):
-    """Demonstrations, clone and DSRL, by one command."""
-    overrides = [f"actor.model.decoder_path={tmp_path / 'decoder'}", f"algorithm.noise_aliasing={aliasing}"]
-    config = load_config("reach_dsrl_flow", [f"runner.logger.log_path={tmp_path}", *SHORT, *overrides])
-    monkeypatch.chdir(tmp_path)  # where the demonstrations go
+def test_steering_makes_a_good_policy_of_a_careless_clone(folder, aliasing, monkeypatch):
+    """Demonstrations, clone and DSRL, by one command; then DSRL of the clone that is there."""
+    overrides = [f"actor.model.decoder_path={folder / 'decoder'}", f"algorithm.noise_aliasing={aliasing}"]
+    overrides.append(f"runner.logger.log_path={folder / str(aliasing)}")
+    config = load_config("reach_dsrl_flow", [*SHORT, *overrides])
+    monkeypatch.chdir(folder)  # where the demonstrations go
     assert train(config) == 0
-    clone = (tmp_path / "reach_flow_bc" / "metrics.jsonl").read_text().splitlines()[-1]
-    assert json.loads(clone)["eval/success_once"] < 0.8
+    [metrics] = folder.glob("*/reach_flow_bc/metrics.jsonl")
+    assert json.loads(metrics.read_text().splitlines()[-1])["eval/success_once"] < 0.8
     rows = [json.loads(line) for line in (run_directory(config) / "metrics.jsonl").read_text().splitlines()]
     assert [row["eval/success_once"] for row in rows if "eval/success_once" in row][-1] > 0.95

@@ -17,6 +17,7 @@ from rlinf.runners.checkpoint import CheckpointStore, find, load_run, verify
 from rlinf.runners.evaluate import Evaluator
 from rlinf.runners.schedule import Schedule
 from rlinf.runners.synchronous import run_sync
+from rlinf.runtime.local import LocalRuntime
 from tests.fakes import (
     CountingActor,
     CountingAlgorithm,
@@ -29,6 +30,8 @@ from tests.fakes import (
     build_crew_on,
     slow,
 )
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 TOGETHER = Layout()
 # Each role in a process of its own; and two environments, of which one shares a process with its policy.
@@ -63,10 +66,10 @@ def seen(worker):
 
 @pytest.mark.parametrize("layout", [TOGETHER, APART, HYBRID], ids=["together", "apart", "hybrid"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_every_observation_meets_its_action_once(make_runtime, tmp_path, layout, overlap):
+def test_every_observation_meets_its_action_once(runtime, tmp_path, layout, overlap):
     stages = 2 if layout is HYBRID else 1
     crew = build_crew_on(
-        make_runtime(3), layout, counting_envs(layout, stages), CountingActor, CountingAlgorithm, name=str(tmp_path)
+        runtime, layout, counting_envs(layout, stages), CountingActor, CountingAlgorithm, name=str(tmp_path)
     )
     schedule = Schedule(num_steps=5, chunks=4, segments=2, updates=3, overlap=overlap)
     reporter = RecordingReporter()
@@ -82,16 +85,11 @@ def test_every_observation_meets_its_action_once(make_runtime, tmp_path, layout,
             assert torch.equal(counts, torch.arange(40.0)[:, None].expand(-1, 2))
 
 
-def test_backends_give_the_same_run(tmp_path, ray_machine):
-    from rlinf.runtime.local import LocalRuntime
-    from rlinf.runtime.ray_backend import RayRuntime, Seat
-
+def test_backends_give_the_same_run(tmp_path, on_ray):
     runs = {}
-    seats = [Seat(f"process {i}", ray_machine.node_id, "127.0.0.1") for i in range(3)]
-    cases = {"local": (LocalRuntime(), HYBRID), "ray": (RayRuntime(seats), HYBRID)}
-    for name, (runtime, layout) in cases.items():
-        envs = [[partial(ReachEnv, 3), partial(ReachEnv, 2)] for _ in layout.env]
-        crew = build_crew_on(runtime, layout, envs, TinyActor, TinyAlgorithm)
+    for name, runtime in {"local": LocalRuntime(), "ray": on_ray}.items():
+        envs = [[partial(ReachEnv, 3), partial(ReachEnv, 2)] for _ in HYBRID.env]
+        crew = build_crew_on(runtime, HYBRID, envs, TinyActor, TinyAlgorithm, name=str(tmp_path))
         reporter = RecordingReporter()
         schedule = Schedule(num_steps=6, chunks=5, segments=2, updates=4, overlap=True, save_interval=4)
         version, weights = run_and_look(
@@ -102,16 +100,15 @@ def test_backends_give_the_same_run(tmp_path, ray_machine):
             for step, logged in reporter.logged.items()
         }
         runs[name] = version, weights, metrics
-        runtime.close()
     assert runs["local"][2] == runs["ray"][2]
     assert runs["local"][0] == runs["ray"][0] == 24
     assert all(torch.equal(value, runs["ray"][1][key]) for key, value in runs["local"][1].items())
 
 
-def test_asynchronous_runs_lose_nothing(make_runtime, tmp_path):
+def test_asynchronous_runs_lose_nothing(runtime, tmp_path):
     algorithm = partial(CountingAlgorithm, slow(0.003))
     envs = counting_envs(HYBRID, 2)
-    crew = build_crew_on(make_runtime(3), HYBRID, envs, CountingActor, algorithm, name="asynchronous")
+    crew = build_crew_on(runtime, HYBRID, envs, CountingActor, algorithm, name=str(tmp_path))
     schedule = Schedule(num_steps=6, chunks=3, updates=4)
     trajectories = run_and_look(run_async, crew, schedule, tmp_path, RecordingReporter(), seen)
     counts = [sum(t.source == (rank, stage) for t in trajectories) for rank in range(2) for stage in range(2)]
@@ -122,10 +119,10 @@ def test_asynchronous_runs_lose_nothing(make_runtime, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [4, 9])
-def test_weights_are_never_staler_than_allowed(make_runtime, tmp_path, limit):
+def test_weights_are_never_staler_than_allowed(runtime, tmp_path, limit):
     envs = [[partial(CountingEnv, 2, 0, slow(0.004))]]
     algorithm = partial(CountingAlgorithm, slow(0.001))
-    crew = build_crew_on(make_runtime(3), APART, envs, CountingActor, algorithm, name=f"staleness {limit}")
+    crew = build_crew_on(runtime, APART, envs, CountingActor, algorithm, name=str(tmp_path))
     schedule = Schedule(num_steps=20, chunks=4, updates=4, sync_interval=3, max_staleness=limit)
     look = lambda worker: worker.algorithm.staleness  # noqa: E731
     stale = run_and_look(run_async, crew, schedule, tmp_path, RecordingReporter(), look)
@@ -134,15 +131,6 @@ def test_weights_are_never_staler_than_allowed(make_runtime, tmp_path, limit):
 
 
 # ---- deaths
-
-
-@pytest.fixture
-def mortal(ray_machine):
-    from rlinf.runtime.ray_backend import RayRuntime, Seat
-
-    runtime = RayRuntime([Seat(f"process {i}", ray_machine.node_id, "127.0.0.1") for i in range(3)])
-    yield runtime
-    runtime.close()
 
 
 def kill_when(crew, process, steps):
@@ -160,9 +148,9 @@ def kill_when(crew, process, steps):
 PAIRS = Layout((0, 1), (0, 1), (2,), {(0, 0): 0, (1, 0): 1})
 
 
-def deadly_crew(runtime, max_restarts=2, layout=PAIRS):
+def deadly_crew(runtime, name, max_restarts=2, layout=PAIRS):
     envs = [[partial(CountingEnv, 2, 2 * rank, slow(0.004))] for rank in range(len(layout.env))]
-    crew = build_crew_on(runtime, layout, envs, CountingActor, ForgivingAlgorithm)
+    crew = build_crew_on(runtime, layout, envs, CountingActor, ForgivingAlgorithm, name=str(name))
     crew.runtime, crew.max_restarts = runtime, max_restarts
     return crew
 
@@ -189,8 +177,8 @@ class ForgivingAlgorithm(CountingAlgorithm):
         (run_sync, True, APART, 1),
     ],
 )
-def test_a_killed_process_of_env_and_rollout_is_replaced(mortal, tmp_path, run, overlap, layout, killed):
-    crew, reporter = deadly_crew(mortal, layout=layout), RecordingReporter()
+def test_a_killed_process_of_env_and_rollout_is_replaced(on_ray, tmp_path, run, overlap, layout, killed):
+    crew, reporter = deadly_crew(on_ray, tmp_path, layout=layout), RecordingReporter()
     kill_when(crew, killed, 300)
     schedule = Schedule(num_steps=60, chunks=4, updates=3, overlap=overlap, save_interval=7)
     assert run(crew, schedule, CheckpointStore(tmp_path), reporter) == 60
@@ -199,12 +187,12 @@ def test_a_killed_process_of_env_and_rollout_is_replaced(mortal, tmp_path, run, 
     assert f"'process {killed}'" in note or f"process {killed}, at" in note
 
 
-def test_a_death_at_a_checkpoint_interrupts_the_evaluation_and_nothing_else(mortal, tmp_path, monkeypatch):
-    crew, reporter = deadly_crew(mortal), RecordingReporter()
+def test_a_death_at_a_checkpoint_interrupts_the_evaluation_and_nothing_else(on_ray, tmp_path, monkeypatch):
+    crew, reporter = deadly_crew(on_ray, tmp_path), RecordingReporter()
     envs = [[partial(CountingEnv, 1, rank, slow(0.05))] for rank in range(2)]
-    evaluated = build_crew_on(mortal, PAIRS, envs, CountingActor, CountingAlgorithm, name="eval")
+    evaluated = build_crew_on(on_ray, PAIRS, envs, CountingActor, CountingAlgorithm, name=f"{tmp_path} eval")
     evaluator = Evaluator(evaluated.env, evaluated.rollout, evaluated.weights, episodes_per_env=20, chunks=4, seed=0)
-    pid, save_run = mortal._introductions[1][1], runner.save_run
+    pid, save_run = on_ray._introductions[1][1], runner.save_run
 
     def kill_and_save(store, crew, step, **settings):
         if not crew.restarts:
@@ -220,18 +208,18 @@ def test_a_death_at_a_checkpoint_interrupts_the_evaluation_and_nothing_else(mort
     assert verify(find(tmp_path)).progress.updates == 18
 
 
-def test_too_many_deaths_end_the_run_and_the_learner_is_saved(mortal, tmp_path):
-    crew = deadly_crew(mortal, max_restarts=0)
+def test_too_many_deaths_end_the_run_and_the_learner_is_saved(on_ray, tmp_path):
+    crew = deadly_crew(on_ray, tmp_path, max_restarts=0)
     kill_when(crew, 0, 200)
     with pytest.raises(ProcessDied, match="is gone: the process 'process 0'"):
         run_sync(crew, Schedule(num_steps=10**6, chunks=4), CheckpointStore(tmp_path), RecordingReporter())
     assert verify(find(tmp_path)).progress.updates > 0
 
 
-def test_a_killed_learner_ends_the_run_with_the_checkpoint_to_go_on_from(mortal, tmp_path):
-    from rlinf.runtime.ray_backend import RayRuntime
+def test_a_killed_learner_ends_the_run_with_the_checkpoint_to_go_on_from(on_ray, tmp_path):
+    from tests.revival import all_alive
 
-    crew, reporter = deadly_crew(mortal), RecordingReporter()
+    crew, reporter = deadly_crew(on_ray, tmp_path), RecordingReporter()
     kill_when(crew, 2, 500)
     began = time.monotonic()
     with pytest.raises(ProcessDied, match=r"learner(\[0\])? is gone: the process 'process 2'"):
@@ -242,18 +230,16 @@ def test_a_killed_learner_ends_the_run_with_the_checkpoint_to_go_on_from(mortal,
     manifest = verify(find(tmp_path))
     assert manifest.global_step % 5 == 0 and manifest.progress.env_steps <= 500 + 5 * 4 * 4 * H
     assert f"runner.resume_dir={find(tmp_path)}" in reporter.notes[-1]
-    again = deadly_crew(RayRuntime(mortal.seats))
+    again = deadly_crew(all_alive(on_ray), tmp_path / "again")
     assert load_run(again, tmp_path) == manifest.global_step
-    again.runtime.close()
 
 
-def test_runs_end_cleanly_time_after_time(make_runtime, tmp_path):
+def test_runs_end_cleanly_time_after_time(runtime, tmp_path):
     """Whole processes: benchmarks/clean_ends.py."""
-    runtime = make_runtime(3)
     before = set(threading.enumerate())
     for number in range(20):
         crew = build_crew_on(
-            runtime, APART, counting_envs(APART), CountingActor, CountingAlgorithm, name=f"run {number}"
+            runtime, APART, counting_envs(APART), CountingActor, CountingAlgorithm, name=f"{tmp_path} {number}"
         )
         run = run_async if number % 2 else run_sync
         store = CheckpointStore(tmp_path / str(number))
@@ -271,15 +257,14 @@ def test_runs_end_cleanly_time_after_time(make_runtime, tmp_path):
 def test_processes_end_with_their_runtime(ray_machine):
     from rlinf.runtime.ray_backend import RayRuntime, Seat
 
-    for number in range(3):
-        runtime = RayRuntime([Seat(f"{number}.{i}", ray_machine.node_id, "127.0.0.1") for i in range(2)])
-        pids = [pid for _, pid, _ in runtime._introductions.values()]
-        assert all(is_alive(pid) for pid in pids)
-        runtime.close()
-        until = time.monotonic() + 10
-        while any(is_alive(pid) for pid in pids):
-            assert time.monotonic() < until, pids
-            time.sleep(0.02)
+    runtime = RayRuntime([Seat(f"process {i}", ray_machine.node_id, "127.0.0.1") for i in range(2)])
+    pids = [pid for _, pid, _ in runtime._introductions.values()]
+    assert all(is_alive(pid) for pid in pids)
+    runtime.close()
+    until = time.monotonic() + 10
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < until, pids
+        time.sleep(0.02)
 
 
 def is_alive(pid):

@@ -14,6 +14,8 @@ import torch
 from rlinf.core.errors import ProcessDied, RlinfError, WorkerDied
 from rlinf.core.types import ActionOut
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 NUMBERS = itertools.count()
 
 
@@ -101,9 +103,9 @@ class Team:
 
 
 @pytest.fixture
-def team(make_runtime):
+def team(runtime):
     """Each test has a team of its own, all on one runtime: processes take a while to start."""
-    return Team(make_runtime(2))
+    return Team(runtime)
 
 
 def test_calls_run_on_all_in_order(team):
@@ -137,8 +139,8 @@ def test_records_arrive_as_they_were_sent(team, rows):
             assert torch.equal(got.log_prob, sent.log_prob) and got.log_prob.dtype == torch.bfloat16
 
 
-def test_what_was_confirmed_is_there(make_runtime):
-    team = Team(make_runtime(2), confirm=True)
+def test_what_was_confirmed_is_there(runtime):
+    team = Team(runtime, confirm=True)
     for _ in range(20):
         team.group.run_each(lambda worker, n: [worker.send(1, i) for i in range(n)], [3, 0]).wait(20)
         assert team.group.run(Worker.drained).wait(20) == [[], [0, 1, 2]]
@@ -195,49 +197,35 @@ def test_who_hangs_is_named_with_the_line(team):
         handle.wait(0.1)
 
 
-def test_an_error_while_building_is_the_builders_own(make_runtime):
+def test_an_error_while_building_is_the_builders_own(runtime):
     def build():
         raise UnluckyError("building", 1)
 
     with pytest.raises(RlinfError, match="building of 1"):
-        make_runtime(1).group("broken", [build], [0])
+        runtime.group("broken", [build], [0])
 
 
 # ---- of processes alone
 
 
-@pytest.fixture(scope="module")
-def pair_of_processes(ray_machine):
-    yield from start_pair(ray_machine)
-
-
 @pytest.fixture
-def pair(pair_of_processes):
-    return Team(pair_of_processes)
+def pair(on_ray):
+    """A team in processes, which may be killed."""
+    return Team(on_ray)
 
 
-@pytest.fixture
-def doomed(ray_machine):
-    """A pair of processes of the test's own."""
-    for runtime in start_pair(ray_machine):
-        yield Team(runtime)
-
-
-def start_pair(ray_machine):
+def test_a_process_has_its_own_environment(ray_machine):
     from rlinf.runtime.ray_backend import RayRuntime, Seat
 
     seats = [Seat(f"process {i}", ray_machine.node_id, "127.0.0.1", env_vars={"WHO": f"number {i}"}) for i in range(2)]
     runtime = RayRuntime(seats)
-    yield runtime
-    runtime.close()
-
-
-def test_a_process_has_its_own_environment(pair):
-    assert pair.group.run(lambda worker: os.environ["WHO"]).wait(20) == ["number 0", "number 1"]
-    assert pair.group.run(lambda worker: os.nice(0)).wait(20) == [0, 0], "Ray's default is 15"
-    assert pair.group.run(lambda worker: os.environ["GLOO_SOCKET_IFNAME"]).wait(20) == ["lo", "lo"], "as its address"
-    own, other = pair.group.run(lambda worker: os.getpid()).wait(20)
+    group = runtime.group("worker", [dict, dict], [0, 1])
+    assert group.run(lambda worker: os.environ["WHO"]).wait(20) == ["number 0", "number 1"]
+    assert group.run(lambda worker: os.nice(0)).wait(20) == [os.nice(0)] * 2, "Ray's default is 15 more"
+    assert group.run(lambda worker: os.environ["GLOO_SOCKET_IFNAME"]).wait(20) == ["lo", "lo"], "as its address"
+    own, other = group.run(lambda worker: os.getpid()).wait(20)
     assert len({own, other, os.getpid()}) == 3
+    runtime.close()
 
 
 def test_what_arrived_may_be_written_into(pair):
@@ -248,9 +236,9 @@ def test_what_arrived_may_be_written_into(pair):
     ]  # fmt: skip
 
 
-def test_a_killed_process_is_named_at_once(doomed):
-    pid, _ = doomed.group.run(lambda worker: os.getpid()).wait(20)
-    handle = doomed.group.run(Worker.receive)
+def test_a_killed_process_is_named_at_once(pair):
+    pid, _ = pair.group.run(lambda worker: os.getpid()).wait(20)
+    handle = pair.group.run(Worker.receive)
     time.sleep(0.2)
     os.kill(pid, 9)
     began = time.monotonic()
@@ -261,8 +249,8 @@ def test_a_killed_process_is_named_at_once(doomed):
     assert len(handle.failures(10)) == 2, "who waited for it was woken"
 
 
-def test_a_failure_of_before_a_recovery_that_becomes_known_after_it_closes_nothing(doomed):
-    runtime, group = doomed.runtime, doomed.group
+def test_a_failure_of_before_a_recovery_that_becomes_known_after_it_closes_nothing(pair):
+    runtime, group = pair.runtime, pair.group
     pid, _ = group.run(lambda worker: os.getpid()).wait(20)
     waiting, fail_later = group.run(Worker.receive), partial(group._note_failure, runtime.generation)
     os.kill(pid, 9)
@@ -271,19 +259,19 @@ def test_a_failure_of_before_a_recovery_that_becomes_known_after_it_closes_nothi
     failed = Future()
     failed.set_exception(WorkerDied("an old failure"))
     fail_later(failed)
-    runtime.close_channels([doomed.channel.name], runtime.generation - 1, WorkerDied("another"))
+    runtime.close_channels([pair.channel.name], runtime.generation - 1, WorkerDied("another"))
     asked = [(Worker.ask, 20, "word"), (Worker.echo, 20)]
     assert group.run_each(lambda worker, job: job[0](worker, *job[1:]), asked).wait(20)[0] == "word"
-    doomed.channel.close(WorkerDied("a new failure"))
+    pair.channel.close(WorkerDied("a new failure"))
     with pytest.raises(WorkerDied, match="a new failure"):
         group.run(Worker.receive).wait(20)
 
 
 @pytest.mark.parametrize("who", ["another", "the new one"])
-def test_a_death_during_a_recovery_is_recovered_from_like_any_other(doomed, monkeypatch, who):
+def test_a_death_during_a_recovery_is_recovered_from_like_any_other(pair, monkeypatch, who):
     import ray
 
-    runtime, group = doomed.runtime, doomed.group
+    runtime, group = pair.runtime, pair.group
     first, second = group.run(lambda worker: os.getpid()).wait(20)
     os.kill(first, 9)
     assert runtime.dead() == [0]
