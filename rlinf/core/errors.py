@@ -35,6 +35,10 @@ class NonFiniteError(RlinfError):
     """NaN or infinity where a number was expected; names the quantity and where it came from."""
 
 
+class RunEnding(RlinfError):
+    """The run was asked to end while an environment waited for something outside of it: a robot, a camera, a person."""
+
+
 class WorkerDied(RlinfError):
     """A process or thread of the run ended or stopped answering; names it and its last words."""
 

@@ -77,6 +77,15 @@ class TrajectoryBuilder:
         self._outs.append(out)
         self._steps.append(replace(step, obs=seen, last_obs=last))
 
+    @property
+    def num_steps(self) -> int:
+        """Of the segment so far."""
+        return len(self._steps)
+
+    def discard(self) -> None:
+        """Forget the segment so far."""
+        self._clear()
+
     def build(self) -> Trajectory:
         """The segment so far; `start` begins the next one. Raises ValueError when it has no step."""
         steps, outs = self._steps, self._outs

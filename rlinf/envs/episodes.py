@@ -7,7 +7,7 @@ spread over processes is not known here either; see `subproc.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlinf.core import tree
-from rlinf.core.errors import CheckpointError, NonFiniteError, ShapeError
+from rlinf.core.errors import CheckpointError, NonFiniteError, RunEnding, ShapeError
 from rlinf.core.seeding import derive_seed
 from rlinf.core.types import EnvSpaces, EnvStep, Obs
 from rlinf.envs.config import EnvConfig
@@ -58,6 +58,15 @@ class Reporting(Protocol):
 
     def report(self) -> dict[str, Tensor]:
         """Entries [N] for `EnvStep.info`; those of an episode are called `episode/<name>`."""
+        ...
+
+
+@runtime_checkable
+class Patient(Protocol):
+    """An environment or simulator that may wait for what is outside of it: a robot, a camera, a person."""
+
+    def give_up_when(self, asked: Callable[[], bool]) -> None:
+        """From now on every wait ends with RunEnding once `asked` says so; it is asked often, in the waiting thread."""
         ...
 
 
@@ -207,6 +216,7 @@ class EpisodicEnv:
         self._goes_on = torch.zeros(n, dtype=torch.bool, device=device)
         self._task = torch.zeros(n, dtype=torch.int64, device=device)
         self._begun = self._closed = False
+        self._ending: RunEnding | None = None
         self._running = torch.zeros(n, dtype=torch.bool, device=device)
         self._steps = torch.zeros(n, dtype=torch.int64, device=device)
         self._success = torch.zeros(n, dtype=torch.bool, device=device)
@@ -219,6 +229,7 @@ class EpisodicEnv:
         self._check_open()
         if seed is not None:
             self._root = seed
+        self._ending = None
         if seed is not None or self._rules.fixed_resets:
             self._next_episode = [0] * self.num_envs
         self._begin(torch.ones_like(self._running))
@@ -230,8 +241,12 @@ class EpisodicEnv:
         Raises:
             ShapeError: the action has another shape.
             NonFiniteError: an action, a reward or an observation holds NaN or infinity.
+            RunEnding: the run is to end, and something outside was waited for. When that is so between two episodes,
+                the step that ended the first is returned, and the next call raises.
         """
         self._check_open()
+        if self._ending is not None:
+            raise self._ending
         if not self._begun:
             raise RuntimeError("step() before the first reset()")
         action = check_action(action, self.num_envs, self.spaces.action_dim, self._first_row)
@@ -254,14 +269,22 @@ class EpisodicEnv:
         beginning = (terminated.any(1) | truncated) & (self._endless | self._goes_on)
         obs = last_obs
         if self._rules.auto_reset and bool(beginning.any()):
-            self._begin(beginning)
-            obs = self._observe()
+            try:
+                self._begin(beginning)
+                obs = self._observe()
+            except RunEnding as ending:  # what was played is worth keeping
+                self._ending = ending
         return EnvStep(obs, last_obs, reward, terminated, truncated, executed, intervened, info)
 
     def render(self) -> np.ndarray | None:
         """uint8 [M ≤ N, height, width, 3] of the present state, or None where there is no picture."""
         self._check_open()
         return self._simulator.render()
+
+    def give_up_when(self, asked: Callable[[], bool]) -> None:
+        """As `Patient.give_up_when`; nothing where the simulator never waits."""
+        if isinstance(self._simulator, Patient):
+            self._simulator.give_up_when(asked)
 
     def close(self) -> None:
         """Free the simulator. Calling it twice is allowed."""

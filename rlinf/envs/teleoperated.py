@@ -84,7 +84,7 @@ class TeleoperatedEnv:
             raise OperatorStopped(STOPPED)
         taken = self._takeover.decide(command, self._clock())
         if taken is not None:
-            hand = action_from(taken.action, self.spaces.action_dim, self._closing)
+            hand = action_from(taken, self.spaces.action_dim, self._closing)
             action = torch.from_numpy(hand).expand_as(action).clone()
         step = self._env.step(action)
         if taken is not None:

@@ -125,7 +125,7 @@ class Controls:
 
 
 @contextmanager
-def operator_keys(config: Root, teller: Teller, *, here: bool | None = None) -> Iterator[None]:
+def operator_keys(config: Root, teller: Teller, *, here: bool) -> Iterator[None]:
     """Keys while a robot cell is moved from a terminal by the clock.
 
     There are none elsewhere, where the operator's device is the terminal, and where a key would reach nobody.
@@ -133,14 +133,13 @@ def operator_keys(config: Root, teller: Teller, *, here: bool | None = None) -> 
     Args:
         config: of the run.
         teller: shows what the keys did.
-        here: whether the environment is in this process; None: as the run's placement says.
+        here: whether environments are in this process: then the one that there is hears the keys.
     """
     env = config.env.train
     if not isinstance(env, RealWorldConfig) or env.teleop == "keyboard" or not env.paced_by_clock():
         yield
         return
-    if here is None:
-        here = config.cluster.num_nodes == 1 and config.cluster.backend != "ray" and env.total_num_envs == 1
+    here = here and env.total_num_envs == 1  # of several, nobody could say which is meant
     server = server_of(env)
     if server is None and not here:
         yield

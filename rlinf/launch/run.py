@@ -89,8 +89,8 @@ def _train_at(venue: Venue, config: Root, run_dir: Path, checkpoint: Path | None
             resume_step=resume_step,
             video_dir=video_directory(config, run_dir),
         ) as reporter,
-        operator_keys(config, reporter),
         open_runtime(config, venue, reporter.note) as (runtime, layout),
+        operator_keys(config, reporter, here=layout.backend == "local"),
     ):
         reporter.note(describe(config, layout))
         if isinstance(config.env.train, RealWorldConfig):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf.core.errors import NonFiniteError, RlinfError, ShapeError
+from rlinf.core.errors import NonFiniteError, RlinfError, RunEnding, ShapeError
 from rlinf.core.protocols import VectorEnv
 from rlinf.core.seeding import derive_seed
 from rlinf.core.types import ActionOut, EnvStep, Obs
@@ -146,6 +146,7 @@ class EnvWorker:
         self._builders = [TrajectoryBuilder(source, auto_reset, view) for source in self._sources]
         self._current: list[Obs] = []
         self._continues = False
+        self._asking: set[int] = set()  # stages whose action has not come yet
         self._beginning = "step/0"
         # Records are small here, and a second OpenMP thread would spin against the learner's.
         torch.set_num_threads(1)
@@ -154,18 +155,21 @@ class EnvWorker:
         """Play `segments` times `chunks` action chunks in every environment, one Trajectory each and stage.
 
         Returns means over the episodes that ended meanwhile, and `num_episodes`. When the run is asked to
-        stop, what was played so far is shipped and the call returns.
+        stop, what was played so far is shipped and the call returns, also out of an environment's wait.
         """
         episodes = EpisodeMean()
-        if not self._current:
-            self._begin_episodes()
-        for _ in range(segments):
-            if not self.auto_reset and self._continues:
-                self._current = [self._reset(stage) for stage in range(len(self.stages))]
-                self._continues = False
-            self._play_segment(chunks, episodes)
-            if self.stop.is_set():
-                break
+        try:
+            if not self._current:
+                self._begin_episodes()
+            for _ in range(segments):
+                if not self.auto_reset and self._continues:
+                    self._current = [self._reset(stage) for stage in range(len(self.stages))]
+                    self._continues = False
+                self._play_segment(chunks, episodes)
+                if self.stop.is_set():
+                    break
+        except RunEnding:
+            self._give_up()
         self._finish()
         return episodes.mean()
 
@@ -189,9 +193,21 @@ class EnvWorker:
             if last:
                 break
         self._continues = True
+        self._ship()
+
+    def _ship(self) -> None:
         for builder, learners in zip(self._builders, self._learners, strict=True):
+            if not builder.num_steps:
+                continue
             for learner, part in zip(learners, split_by_env(builder.build(), len(learners)), strict=True):
                 self.experience.put(part, key=learner)
+
+    def _give_up(self) -> None:
+        """In the middle of a segment, or before it: ship what was played; the next one begins fresh episodes."""
+        for stage in sorted(self._asking):
+            self._answer(stage)
+        self._ship()
+        self._current, self._continues = [], False
 
     def evaluate(self, episodes_per_env: int, chunks: int, seed: int, num_recorded: int = 0) -> Evaluation:
         """Play exactly `episodes_per_env` episodes in every environment, each begun by a seeded reset.
@@ -204,13 +220,16 @@ class EnvWorker:
         of `num_recorded` environments of the first stage are returned too.
         """
         episodes, frames = EpisodeMean(len(self.stages[0].spaces.tasks)), []
-        for epoch in range(episodes_per_env):
-            seeds = [derive_seed(seed, f"{rank}/{stage}/{epoch}") for rank, stage in self._sources]
-            self._current = [self._reset(stage, s) for stage, s in enumerate(seeds)]
-            recorded = self._play_counted_episodes(chunks, episodes, num_recorded if epoch == 0 else 0)
-            frames += recorded
-            if self.stop.is_set():
-                break
+        try:
+            for epoch in range(episodes_per_env):
+                seeds = [derive_seed(seed, f"{rank}/{stage}/{epoch}") for rank, stage in self._sources]
+                self._current = [self._reset(stage, s) for stage, s in enumerate(seeds)]
+                recorded = self._play_counted_episodes(chunks, episodes, num_recorded if epoch == 0 else 0)
+                frames += recorded
+                if self.stop.is_set():
+                    break
+        except RunEnding:
+            self._give_up()
         self._finish()
         self._current, self._continues = [], False
         return Evaluation(episodes.mean(), np.stack(frames) if frames else None)
@@ -289,6 +308,9 @@ class EnvWorker:
     def abandon(self, name: str) -> None:
         """Forget the segment that was interrupted; the next one begins fresh episodes, seeded by `name`."""
         self._current, self._continues, self._beginning = [], False, name
+        self._asking.clear()
+        for builder in self._builders:
+            builder.discard()
 
     def close(self) -> None:
         """Close every environment."""
@@ -302,9 +324,15 @@ class EnvWorker:
 
     def _ask(self, stage: int, obs: Obs) -> None:
         self.obs.put(obs, key=self._sources[stage])
+        self._asking.add(stage)
+
+    def _answer(self, stage: int) -> ActionOut:
+        out: ActionOut = self.actions.get(key=self._sources[stage], timeout_s=self.timeout_s)
+        self._asking.discard(stage)
+        return out
 
     def _step(self, stage: int) -> tuple[ActionOut, EnvStep]:
-        out: ActionOut = self.actions.get(key=self._sources[stage], timeout_s=self.timeout_s)
+        out = self._answer(stage)
         expected = (self.stages[stage].num_envs, self.num_action_chunks)
         if out.action.shape[:2] != expected:
             raise ShapeError(

@@ -269,10 +269,9 @@ def test_keys_while_a_cell_is_trained(reach_configs, monkeypatch):
     monkeypatch.setattr(panel, "TerminalKeys", Keys)
     monkeypatch.delenv("RLINF_ROBOT_URL", raising=False)
 
-    def heard(train, here=None, **cluster):
+    def heard(train, here=True):
         seen.clear()
-        parts = {"env": {"train": train}, "cluster": cluster}
-        changed = {name: getattr(config, name).model_copy(update=update) for name, update in parts.items()}
+        changed = {"env": config.env.model_copy(update={"train": train})}
         with panel.operator_keys(config.model_copy(update=changed), Teller(), here=here):
             pass
         return list(seen), DESK.hear(time.monotonic())
@@ -283,10 +282,45 @@ def test_keys_while_a_cell_is_trained(reach_configs, monkeypatch):
     assert heard(cell.model_copy(update={"teleop": "keyboard"})) == none
     assert heard(cell.model_copy(update={"pace": "free"})) == none  # nothing hears them in simulated time
     assert heard(config.env.train) == none
-    assert heard(cell, num_nodes=2) == none and heard(cell, backend="ray") == none
-    assert heard(cell, num_nodes=2, here=True) == both
+    assert heard(cell, here=False) == none and heard(cell.model_copy(update={"total_num_envs": 2})) == none
     served = cell.model_copy(update={"override_cfg": cell.override_cfg.model_copy(update={"driver": "serl_http"})})
     assert heard(served) == both  # its address is not known here: no server, and no error
-    assert server_of(served) is None and heard(served, num_nodes=2) == none
+    assert server_of(served) is None and heard(served, here=False) == none
     monkeypatch.setenv("RLINF_ROBOT_URL", "http://127.0.0.1:5000")
-    assert heard(served, num_nodes=2) == ([panel.HELP_ELSEWHERE, "", "closed"], "")
+    assert heard(served, here=False) == ([panel.HELP_ELSEWHERE, "", "closed"], "")
+
+
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_whether_the_environment_hears_the_terminal_is_read_off_the_layout(reach_configs, monkeypatch, backend):
+    """Also where the backend is `auto` and turns out to be Ray, as with an env process that is set up."""
+    import contextlib
+
+    from rlinf.launch import run
+    from rlinf.launch.crew import Layout
+    from rlinf.launch.processes import Venue
+    from rlinf.runtime.local import LocalRuntime
+
+    asked = []
+
+    @contextlib.contextmanager
+    def keys(config, teller, *, here):
+        asked.append(here)
+        yield
+
+    class Enough(Exception):
+        pass
+
+    def enough(*arguments):
+        raise Enough
+
+    @contextlib.contextmanager
+    def runtime(*arguments):
+        yield LocalRuntime(), Layout(backend=backend)
+
+    monkeypatch.setattr(run, "operator_keys", keys)
+    monkeypatch.setattr(run, "open_venue", lambda config, note: contextlib.nullcontext(Venue(None)))
+    monkeypatch.setattr(run, "open_runtime", runtime)
+    monkeypatch.setattr(run, "build_crew", enough)
+    with pytest.raises(Enough):
+        run.train(load_config("reach", [], reach_configs, has_gpu=lambda: False))
+    assert asked == [backend == "local"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlinf.core.errors import NonFiniteError, RlinfError, ShapeError
+from rlinf.core.errors import NonFiniteError, RlinfError, RunEnding, ShapeError
 from rlinf.runners.evaluate import task_table
 from rlinf.runtime.local import Weights
 from rlinf.workers.env_worker import EnvWorker, Resumable, merge_episode_means
@@ -19,6 +19,7 @@ from tests.fakes import (
     TinyActor,
     build_crew,
     build_evaluator,
+    failing_at,
 )
 
 
@@ -61,6 +62,29 @@ def test_without_automatic_reset_only_the_first_episode_of_a_segment_counts():
     assert crew.progress().env_steps == 2 * (2 + 3 + 4) * H
     assert len(env.seeds) == 2
     assert env.seeds[1] is None
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_wait_that_the_end_of_the_run_ends_leaves_what_was_played_and_no_answer_behind(stage):
+    hooks = [lambda: None, lambda: None]
+    hooks[stage] = failing_at(3, RunEnding("a robot was waited for"))
+    envs = [CountingEnv(2, 2 * i, hooks[i]) for i in range(2)]
+    algorithm = CountingAlgorithm()
+    algorithm.observe = algorithm.seen.append
+    crew = build_crew([envs], [CountingActor()], algorithm)
+    play(crew, chunks=5)
+    assert [len(part.reward) for part in algorithm.seen] == ([2, 2] if stage == 0 else [3, 2])
+    assert play(crew, chunks=2)["num_episodes"] > 0  # these environments refuse the answer to another observation
+    assert [part.continues for part in algorithm.seen] == [False] * 4
+    assert [len(part.reward) for part in algorithm.seen[2:]] == [2, 2]
+
+
+def test_an_evaluation_that_the_end_of_the_run_interrupts_tells_of_the_episodes_before():
+    weights = Weights()
+    envs = [[CountingEnv(1, before_step=failing_at(5, RunEnding("a robot was waited for"))), CountingEnv(1, 1)]]
+    evaluator = build_evaluator(envs, CountingActor(), weights, episodes_per_env=3, chunks=4, seed=7)
+    metrics = evaluator.run(RecordingReporter(), 5)
+    assert metrics["eval/num_episodes"] == 2  # of three; the second was under way
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

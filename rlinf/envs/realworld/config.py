@@ -114,7 +114,7 @@ class PegInsertionConfig(Config):
         "Backspace); classifier: a network on the pictures.",
     )
     classifier_path: str | None = Field(
-        None, description="Weights of the classifier, the safetensors file that `save_classifier` wrote."
+        None, description="Weights of the classifier, the safetensors file of `python -m rlinf reward_classifier`."
     )
     classifier_threshold: float = Field(0.85, gt=0, lt=1, description="Its probability that counts as success.")
     action_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
@@ -197,7 +197,9 @@ class PegInsertionConfig(Config):
     def _fits_the_driver(self) -> PegInsertionConfig:
         _check_keywords(settings.ARMS[self.driver], self.driver_options, set(), "driver_options")
         if self.reward == "classifier" and self.classifier_path is None:
-            raise ValueError("reward: classifier needs classifier_path, a safetensors file")
+            raise ValueError(
+                "reward: classifier needs classifier_path, the file of `python -m rlinf reward_classifier FOLDER`"
+            )
         if self.reward == "classifier" and not self.all_cameras():
             raise ValueError("reward: classifier needs a camera")
         for name, camera in self.all_cameras().items():

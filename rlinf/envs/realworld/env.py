@@ -162,7 +162,8 @@ def _classifier(cfg: PegInsertionConfig) -> Callable[[dict[str, np.ndarray]], bo
         return None
     from rlinf.envs.realworld.classifier import load_classifier
 
-    network = load_classifier(cfg.classifier_path, len(cfg.all_cameras()))
+    sizes = {name: camera.size for name, camera in cfg.all_cameras().items()}
+    network = load_classifier(cfg.classifier_path, sizes)
     return lambda pictures: network.probability(pictures) >= cfg.classifier_threshold
 
 

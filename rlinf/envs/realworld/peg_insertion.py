@@ -22,7 +22,7 @@ from rlinf.envs.realworld.observation import action_of, motion_of, proprioceptio
 from rlinf.envs.realworld.pacing import Pace
 from rlinf.envs.realworld.robot_cell import RobotCell
 from rlinf.envs.realworld.task import PoseGoal
-from rlinf.envs.realworld.teleop.operator import Intervention, Operator, Takeover
+from rlinf.envs.realworld.teleop.operator import Operator, Takeover
 
 INSTRUCTION = "Insert the peg into the hole."
 ARM_DIM = 6
@@ -105,7 +105,7 @@ class PegInsertion:
         cell.asked_to_stop = self._is_asked_to_stop
         self._wants_pictures = bool(image_shapes)
         self._begun_with: dict[str, float] = {}
-        self._interventions, self._strongest_n, self._idle = 0, 0.0, False
+        self._interventions, self._strongest_n, self._reached = 0, 0.0, False
         self.spaces = _spaces(state_dim(task.rotation, task.show_goal), image_shapes, ARM_DIM + task.gripper)
 
     # ---- the simulator's methods
@@ -125,7 +125,7 @@ class PegInsertion:
         self._origin = cell.state.pose.copy()
         self.goal.begin()
         self._takeover.reset()
-        self._interventions, self._strongest_n, self._idle = 0, 0.0, False
+        self._interventions, self._strongest_n, self._reached = 0, 0.0, False
         self._begun_with = before | {"limited": cell.counts()["limited"]}
         cell.listen()  # what the operator said of the episode before is over, but for a stop
         cell.metronome.begin()
@@ -140,7 +140,7 @@ class PegInsertion:
         intervention, mark = self._ask_operator()
         if mark == "stop":
             cell.stop_as_asked()
-        given = action[0].numpy().clip(-1, 1) if intervention is None else intervention.action
+        given = action[0].numpy().clip(-1, 1) if intervention is None else intervention
         motion = motion_of(given.astype(float), cell.state.pose, task.action_scale, task.relative)
         cell.command(frames.moved(cell.state.pose, motion))
         fingers = task.gripper and not cell.gate.stopped
@@ -150,7 +150,6 @@ class PegInsertion:
         reward, success, failure = self._judge(mark)
         taken = intervention is not None
         self._interventions += taken
-        self._idle = intervention is not None and intervention.idle
         executed = torch.from_numpy(given.astype(np.float32))[None] if taken else None
         return Outcome(
             torch.tensor([reward - cost], dtype=torch.float32),
@@ -182,9 +181,14 @@ class PegInsertion:
             "episode/missed_deadlines": float(cell.metronome.missed),
             "episode/camera_restarts": float(cell.camera_restarts),
         }
+        if self._task.judged_by != "pose":
+            numbers["episode/target_reached"] = float(self._reached)
         numbers |= {f"episode/jitter_{name}_ms": value for name, value in cell.metronome.jitter_ms().items()}
-        found = {name: torch.tensor([number], dtype=torch.float32) for name, number in numbers.items()}
-        return found | {"idle": torch.tensor([self._idle])}
+        return {name: torch.tensor([number], dtype=torch.float32) for name, number in numbers.items()}
+
+    def give_up_when(self, asked: Callable[[], bool]) -> None:
+        """As `Patient.give_up_when`."""
+        self.cell.asked_to_end = asked
 
     def render(self) -> np.ndarray | None:
         """uint8 [1, height, width, 3], or None if nobody looks."""
@@ -224,6 +228,7 @@ class PegInsertion:
         """Move there. A robot that is stopped on its way begins anew when a person has cleared it."""
         cell = self.cell
         while True:
+            cell.end_if_asked("the next episode did not begin")
             cell.clear_stop()
             cell.set_compliance(self._task.moving)
             self._go_to(start)
@@ -244,20 +249,22 @@ class PegInsertion:
     def _is_asked_to_stop(self) -> bool:
         return self.operator is not None and self.operator.read().mark == "stop"
 
-    def _ask_operator(self) -> tuple[Intervention | None, str]:
+    def _ask_operator(self) -> tuple[np.ndarray | None, str]:
+        """What the operator does, [A] along the axes of actions, and the mark; None: the policy acts."""
         if self.operator is None:
             return None, ""
         command = self.operator.read()
         intervention = self._takeover.decide(command, self._pace.now())
         if intervention is not None:
-            action = intervention.action.astype(float)
-            action[:ARM_DIM] = action_of(action[:ARM_DIM], self.cell.state.pose, self._task.relative)
-            intervention = Intervention(action.astype(np.float32), intervention.idle)
+            intervention[:ARM_DIM] = action_of(
+                intervention[:ARM_DIM].astype(float), self.cell.state.pose, self._task.relative
+            )
         return intervention, command.mark
 
     def _judge(self, mark: str) -> tuple[float, bool, bool]:
         """Reward, success and failure of the step."""
         reward, success = self.goal.judge(self.cell.state.pose)
+        self._reached |= success
         if self._task.judged_by == "keyboard":
             success = mark == "success"
             reward = float(success)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.core.errors import RlinfError
+from rlinf.core.errors import RlinfError, RunEnding
 from rlinf.envs.realworld import frames
 from rlinf.envs.realworld.arm import Arm, ArmError, ArmState, Compliance
 from rlinf.envs.realworld.arms.serl_http import HttpRefusal
@@ -63,6 +63,7 @@ class RobotCell:
         refused_by_robot: targets that the robot's own gate refused.
         asked_to_stop: whether the operator has asked for a stop since it was last called; polled while the arm moves or
             is waited for between the steps of an episode.
+        asked_to_end: whether the run is to end; polled likewise, and nothing is waited for any more then.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class RobotCell:
         self.metronome = Metronome(pace, period_s)
         self.refused_by_robot = 0
         self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.asked_to_end: Callable[[], bool] = lambda: False
         self.simulated = simulated
         self._pace, self._robot_wait_s, self._stop_wait_s = pace, robot_wait_s, stop_wait_s
         self._at_end, self._lift_m, self._lift_s = at_end, lift_m, lift_s
         self._verdict = Verdict(True)
-        self._closed = self._connected = False
+        self._closed = self._connected = self._leaving = False
         self._told_stop = False
 
     # ---- life
@@ -136,6 +138,7 @@ class RobotCell:
             return f"let go, but: {error}"
 
     def _leave(self) -> str:
+        self._leaving = True
         state = self.arm.state()
         if state.error:
             return f"left in error: {state.error}"
@@ -186,7 +189,7 @@ class RobotCell:
     def measure(self) -> ArmState:
         """The newest measurement; a robot that is not heard of is waited for.
 
-        Raises ArmError after `robot_wait_s`.
+        Raises ArmError after `robot_wait_s`, RunEnding when the run is to end meanwhile.
         """
         try:
             self.state = self.arm.state()
@@ -201,7 +204,7 @@ class RobotCell:
     def pictures(self) -> dict[str, np.ndarray]:
         """The newest picture of every camera, uint8 [H, W, 3]; one that gives none is waited for, with the arm held.
 
-        Raises CameraError after `robot_wait_s`.
+        Raises CameraError after `robot_wait_s`, RunEnding when the run is to end meanwhile.
         """
         found = {}
         for name, camera in self.cameras.items():
@@ -250,7 +253,8 @@ class RobotCell:
         After some tries that do not arrive, it stays where it is: the next episode begins there, and a line says so.
         A stop, the operator's too, ends the way.
 
-        Raises ArmError when the arm is outside of the gate's box: no target would be taken.
+        Raises ArmError when the arm is outside of the gate's box: no target would be taken; RunEnding when the run is
+        to end: the arm is then held where it is.
         """
         if not self.gate.stopped:
             self.lift()
@@ -280,7 +284,8 @@ class RobotCell:
     def clear_stop(self) -> None:
         """Wait until a stopped arm has been cleared by a person at the robot's server. Stops asked for before are over.
 
-        Raises ArmError when nobody does in `stop_wait_s`, or where there is no server to clear it at.
+        Raises ArmError when nobody does in `stop_wait_s`, or where there is no server to clear it at; RunEnding when
+        the run is to end meanwhile.
         """
         if not self.gate.stopped and not self.state.error:
             return
@@ -311,6 +316,12 @@ class RobotCell:
             if self._pace.now() > deadline:
                 raise ArmError(f"the arm is stopped ({reason}) and nobody cleared it in {self._stop_wait_s:g} s")
             self._pass(ASK_AGAIN_S)
+            self.end_if_asked(f"a person was waited for ({reason})")
+
+    def end_if_asked(self, what: str) -> None:
+        """Raise RunEnding if the run is to end; `what` is what it then was about."""
+        if self.asked_to_end():
+            raise RunEnding(f"the run is to end; {what}")
 
     def listen(self) -> bool:
         """Stop if the operator asks for it. Whether the arm is stopped."""
@@ -401,11 +412,15 @@ class RobotCell:
             what()
 
     def _wait_for(self, what: str, problem: RlinfError, look: Callable[[], Any], hear: Callable[[], object]) -> Any:
-        """What `look` returns, once it does; `hear` is called meanwhile. Raises its error after `robot_wait_s`."""
+        """What `look` returns, once it does; `hear` is called meanwhile.
+
+        Raises its error after `robot_wait_s`, RunEnding when the run is to end.
+        """
         LOG.warning("%s is waited for: %s", what, problem)
         deadline = self._pace.now() + self._robot_wait_s
         while True:
             self._pass(ASK_AGAIN_S)
+            self.end_if_asked(f"{what} was waited for: {problem}")
             hear()
             try:
                 found = look()
@@ -432,6 +447,7 @@ class RobotCell:
         for k in range(1, count + 1):
             self.command(frames.interpolate(begin, pose, k / count))
             self.wait()
+            self._stay_if_asked_to_end()
             if self.listen() or self._verdict.kind == "outside":
                 return
 
@@ -439,8 +455,15 @@ class RobotCell:
         for _ in range(max(1, round(SETTLE_S / self.metronome.period_s))):
             self.command(pose)
             self.wait()
+            self._stay_if_asked_to_end()
             if self.listen():
                 return
+
+    def _stay_if_asked_to_end(self) -> None:
+        """On the way to an episode that nobody will play; the way that ends the run is gone to its end."""
+        if not self._leaving and self.asked_to_end():
+            self.hold()
+            self.end_if_asked("the arm was on its way to the next episode")
 
     def _is_at(self, pose: np.ndarray) -> bool:
         away = float(np.linalg.norm(self.state.pose[:3] - pose[:3]))

@@ -10,7 +10,9 @@ from pathlib import Path
 import rlinf
 from rlinf.core.errors import ConfigError, RlinfError
 from rlinf.launch.cli.options import (
+    add_classifier_options,
     add_collection_options,
+    add_dataset_options,
     add_demos_options,
     add_export_options,
     add_play_options,
@@ -103,12 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
     demos = commands.add_parser("demos", help="list, film, check, delete or import recorded episodes")
     add_demos_options(demos)
 
+    classifier = commands.add_parser(
+        "reward_classifier", help="train the network that says from pictures whether a robot cell's task is solved"
+    )
+    add_classifier_options(classifier)
+
     dataset = commands.add_parser("dataset", help="what a LeRobot data set holds, and whether it is whole")
-    actions = dataset.add_subparsers(dest="action", metavar="ACTION", required=True)
-    info = actions.add_parser("info", help="episodes, frames, features, tasks and size")
-    info.add_argument("path", metavar="PATH", help="folder that holds meta/, or its name below $HF_LEROBOT_HOME")
-    info.add_argument("--check", action="store_true", help="read everything, and say what is damaged")
-    info.add_argument("--threads", type=int, default=1, metavar="N", help="with --check: N pictures at a time (1)")
+    add_dataset_options(dataset)
 
     norm_stats = commands.add_parser(
         "norm_stats", allow_abbrev=False, help="by what a recipe of supervised fine-tuning normalises, as a file"
@@ -249,6 +252,13 @@ def run_demos(chosen: argparse.Namespace) -> int:
     return run(chosen)
 
 
+def run_reward_classifier(chosen: argparse.Namespace) -> int:
+    """Train a reward classifier on recorded episodes and print how it does on those held out."""
+    from rlinf.launch.cli.reward_classifier import run
+
+    return run(chosen)
+
+
 def run_dataset(chosen: argparse.Namespace) -> int:
     """Print what a data set holds; 1 when the check finds something."""
     from rlinf.launch.cli.dataset import show
@@ -299,6 +309,7 @@ COMMANDS = {
     "record": run_record,
     "collect": run_collect,
     "demos": run_demos,
+    "reward_classifier": run_reward_classifier,
     "dataset": run_dataset,
     "norm_stats": run_norm_stats,
     "robot_server": run_robot_server,

@@ -68,6 +68,47 @@ def add_demos_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instruction", metavar="TEXT", help="with import: what the robot was told, if that is shown")
 
 
+def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    """What is done with a LeRobot data set."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    info = actions.add_parser("info", help="episodes, frames, features, tasks and size")
+    info.add_argument("path", metavar="PATH", help="folder that holds meta/, or its name below $HF_LEROBOT_HOME")
+    info.add_argument("--check", action="store_true", help="read everything, and say what is damaged")
+    info.add_argument("--threads", type=int, default=1, metavar="N", help="with --check: N pictures at a time (1)")
+
+
+def add_classifier_options(parser: argparse.ArgumentParser) -> None:
+    """What a reward classifier is trained on, and how."""
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="demonstrations, of successes and failures")
+    parser.add_argument(
+        "--failures", nargs="+", action="extend", default=[], metavar="FOLDER",
+        help="demonstrations of which every picture shows failure",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="the weights (default: reward_classifier.safetensors in FOLDER)"
+    )
+    parser.add_argument(
+        "--success-frames", type=int, default=1, metavar="N",
+        help="so many last pictures of a successful episode show success (1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gap", type=int, default=0, metavar="N", help="leave out so many pictures before those: neither for sure (0)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.85, metavar="P",
+        help="probability that counts as success, as override_cfg.classifier_threshold (0.85)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=float, default=0.2, metavar="SHARE", help="share of the episodes to judge by (0.2)"
+    )
+    parser.add_argument("--steps", type=int, default=600, metavar="N", help="updates (600)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures of an update (64)")
+    parser.add_argument(
+        "--shift", type=int, metavar="N", help="shift pictures by up to N pixels (1/32 of their height); 0: never"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of split, weights and batches (0)")
+
+
 def _add_lerobot_options(lerobot: argparse._ArgumentGroup) -> None:
     lerobot.add_argument("--fps", type=int, metavar="N", help="frames per second (default: the environment's rate)")
     lerobot.add_argument("--pictures", choices=("video", "image"), help="how cameras are stored (video)")

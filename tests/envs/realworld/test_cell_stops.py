@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from rlinf.core.errors import RunEnding
 from rlinf.envs.realworld.arm import ArmError, Compliance
 from rlinf.envs.realworld.arms.fake import FakeArm
 from rlinf.envs.realworld.cameras.camera import Camera, CameraError
@@ -172,6 +173,96 @@ def test_what_was_pressed_before_an_episode_pays_nothing_in_it():
     world.operator = ScriptedOperator(lambda: Command(np.zeros(6), mark=marks.pop() if marks else ""))
     env.reset(1)
     assert not marks and not bool(env.step(torch.zeros(1, 1, 6)).done)
+    env.close()
+
+
+# ---- the run is to end
+
+
+def lost_link(cell):
+    cell.arm.unreachable = True
+    cell.measure()
+
+
+def dead_camera(cell):
+    class Dead:
+        restarts = 0
+
+        def newest(self, wait_s=0.0):
+            raise CameraError("camera one: unplugged")
+
+        close = start = lambda self: None
+
+    cell.cameras = {"one": Dead()}
+    cell.pictures()
+
+
+def stopped_for_a_person(cell):
+    cell.simulated = False
+    cell.stop_as_asked()
+    cell.clear_stop()
+
+
+def on_its_way(cell):
+    cell.go(pose(0.42, 0.08, 0.1), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("wait", "said"),
+    [
+        (lost_link, "the robot was waited for: fake arm: unreachable"),
+        (dead_camera, "camera one was waited for: camera one: unplugged"),
+        (stopped_for_a_person, "a person was waited for"),
+        (on_its_way, "on its way to the next episode"),
+    ],
+)
+def test_a_run_that_is_to_end_waits_for_nothing_any_more(wait, said):
+    clock = Clock()
+    arm = Stoppable(clock=clock)
+    cell = a_cell(arm, clock)
+    began, asked = clock.now, []
+    cell.asked_to_end = lambda: bool(asked.append(clock.now) or clock.now > began + 0.95)
+    with pytest.raises(RunEnding, match=said):
+        wait(cell)
+    assert 0.95 < clock.now - began < 0.95 + 0.21 and np.diff(asked).max() < 0.21
+    if wait is not lost_link:
+        np.testing.assert_allclose(arm.sent[-1][:3], arm.state().pose[:3], atol=1e-4)
+    if wait is stopped_for_a_person:
+        assert arm.stops == 1 and cell.gate.stopped
+    began = clock.now
+    left = {lost_link: "let go, but: fake arm: unreachable", stopped_for_a_person: "left in error: stopped"}
+    assert cell.close().startswith(left.get(wait, "held"))
+    assert clock.now - began < 0.5
+
+
+def test_the_arm_is_parked_although_the_run_is_to_end():
+    clock = Clock()
+    arm = Stoppable(clock=clock)
+    cell = a_cell(arm, clock, at_end="joints")
+    cell.asked_to_end = lambda: True
+    assert cell.close() == "parked at the reset joints" and len(arm.resets) == 1
+
+
+def test_a_step_that_ended_its_episode_counts_although_the_next_one_does_not_begin():
+    import torch
+
+    env, world, _ = by_the_clock(Clock())
+    env.reset(0)
+    ends = []
+    env.give_up_when(lambda: bool(ends))
+    world.operator = ScriptedOperator(lambda: Command(np.zeros(6), mark="failure" if not ends.append(1) else ""))
+    sent = len(ends)
+    step = env.step(torch.zeros(1, 1, 6))
+    assert sent == 0 and bool(step.terminated) and step.obs is step.last_obs
+    assert float(step.info["episode/episode_len"]) == 1
+    with pytest.raises(RunEnding, match="the next episode did not begin"):
+        env.step(torch.zeros(1, 1, 6))
+    with pytest.raises(RunEnding):
+        env.reset(1)
+    world.operator, ends[:] = None, []
+    env.give_up_when(lambda: False)
+    env.reset(1)
+    assert not bool(env.step(torch.zeros(1, 1, 6)).done)
     env.close()
 
 

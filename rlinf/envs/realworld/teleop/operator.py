@@ -58,22 +58,8 @@ class Operator(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class Intervention:
-    """A control period in which the person acts.
-
-    Attributes:
-        action: [A], what the arm gets and what is recorded as the expert's.
-        idle: the person holds still after a motion: kept so that the policy does not snatch back at once, and to be
-            trimmed from the end of what is recorded.
-    """
-
-    action: np.ndarray
-    idle: bool
-
-
 class Takeover:
-    """The person acts while moving, and for a while after.
+    """The person acts while moving, and holds still for a while after, so that the policy does not snatch back at once.
 
     Args:
         action_dim: 6, or 7 with a gripper.
@@ -84,14 +70,12 @@ class Takeover:
         self._size, self._hold_s = action_dim, hold_s
         self._last_s = -math.inf
 
-    def decide(self, command: Command, now: float) -> Intervention | None:
-        """The person's action, or None: the policy's holds."""
+    def decide(self, command: Command, now: float) -> np.ndarray | None:
+        """The person's action, float32 [A], zero while holding still; or None: the policy's holds."""
         if command.is_active():
             self._last_s = now
-            return Intervention(command.action(self._size), idle=False)
-        if now - self._last_s < self._hold_s:
-            return Intervention(np.zeros(self._size, np.float32), idle=True)
-        return None
+            return command.action(self._size)
+        return np.zeros(self._size, np.float32) if now - self._last_s < self._hold_s else None
 
     def reset(self) -> None:
         """A new episode begins: nobody holds the arm."""
