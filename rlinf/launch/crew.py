@@ -235,7 +235,7 @@ def _env_worker(config: Root, rank: int, layout: Layout, talk: Talk) -> EnvWorke
     seed = _seed_of_rank(derive_seed(config.runner.seed, f"env/{train.seed}"), rank)
     cores = cores_for_training_envs(config, layout.beside(layout.env[rank]))
     envs = _make_stages(config, train, rank, len(layout.env), seed, stages, render=False, cores=cores)
-    _give_up_at(stop, envs)
+    _give_up_at(talk.stop, envs)
     if train.video_cfg.save_video:
         folder = run_directory(config) / "videos" / ("train" if rank == 0 else f"train_{rank}")
         envs[0] = film_last_episodes(envs[0], folder, train.video_cfg.fps)
@@ -260,7 +260,7 @@ def _eval_worker(config: Root, rank: int, layout: Layout, talk: Talk) -> EnvWork
     filming, seed = section.video_cfg.save_video, _seed_of_rank(section.seed, rank)
     cores = max(1, num_cores() // layout.beside(layout.env[rank]).envs)
     envs = _make_stages(config, section, rank, len(layout.env), seed, 1, render=filming, cores=cores)
-    _give_up_at(stop, envs)
+    _give_up_at(talk.stop, envs)
     if filming and section.video_cfg.info_on_video:
         envs = [CaptionedEnv(env) for env in envs]
     return EnvWorker(
