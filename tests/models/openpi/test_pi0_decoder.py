@@ -139,10 +139,13 @@ def test_a_missing_camera_is_named():
 
 def test_files_that_are_missing_are_named(tmp_path):
     data, path = robot(), tmp_path / "weights"
-    with pytest.raises(DataError, match="there are no statistics at"):
+    with pytest.raises(CheckpointError, match="weights does not exist"):
         load_openpi_decoder(data, path, ByteTokenizer(), num_steps=2, dtype=torch.float32)
-    write_norm_stats(statistics(), path)
+    path.mkdir()
     with pytest.raises(CheckpointError, match="holds neither"):
+        load_openpi_decoder(data, path, ByteTokenizer(), num_steps=2, dtype=torch.float32)
+    save_pi0(random_model(data.model), path)
+    with pytest.raises(DataError, match="there are no statistics at"):
         load_openpi_decoder(data, path, ByteTokenizer(), num_steps=2, dtype=torch.float32)
     with pytest.raises(DataError, match=r"no tokenizer in .*actor.model.tokenizer_path.*PaliGemma"):
         find_tokenizer(None, path, tiny=False)
