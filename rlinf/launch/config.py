@@ -246,7 +246,12 @@ def cross_field_problems(root: Root) -> Iterator[tuple[str, str]]:
     elif root.runner.val_check_interval > 0 or root.runner.only_eval:
         key = "runner.only_eval" if root.runner.only_eval else "runner.val_check_interval"
         yield key, f"{key} asks for evaluation, but there is no env.eval; add it or set {key}={_off(key)}"
-    if root.runner.only_eval and root.runner.resume_dir is None and root.runner.ckpt_path is None:
+    begun = (
+        isinstance(root.actor.model, OpenpiConfig)
+        and not steering_keys(root.actor.model)
+        and root.actor.model.model_path
+    )
+    if root.runner.only_eval and not (root.runner.resume_dir or root.runner.ckpt_path or begun):
         yield (
             "runner.only_eval",
             "runner.only_eval needs something to evaluate; give runner.ckpt_path (or runner.resume_dir) a checkpoint",

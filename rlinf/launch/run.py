@@ -96,8 +96,9 @@ def _train_at(venue: Venue, config: Root, run_dir: Path, checkpoint: Path | None
         if isinstance(config.env.train, RealWorldConfig):
             reporter.note(config.env.train.describe())
         if config.runner.only_eval:
-            path = config.runner.resume_dir or config.runner.ckpt_path or ""  # one is set: the schema checks it
-            weights = publish_file(runtime.weights("evaluated", layout.rollout), path)
+            weights = runtime.weights("evaluated", layout.rollout)
+            if path := config.runner.resume_dir or config.runner.ckpt_path:  # else the model's own file is evaluated
+                publish_file(weights, path)
             evaluator = build_evaluator(config, runtime, layout, weights)
             write_provenance(run_dir, resolved, seed=config.runner.seed)
             run_eval(evaluator, reporter, step=resume_step)

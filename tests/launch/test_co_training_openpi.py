@@ -334,6 +334,17 @@ def test_it_begins_with_the_weights_of_stage_one(tmp_path: Path) -> None:
         assert torch.equal(parameter, theirs[name])
 
 
+def test_what_stage_one_made_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs something to evaluate"):
+        load(tmp_path, "runner.only_eval=True")
+    folder = save_tiny(tmp_path / "stage1", seed=3)
+    config = load(tmp_path, "runner.only_eval=True", f"actor.model.model_path={folder}")
+    assert train(config) == 0
+    [row] = journal(run_directory(config))
+    assert row["eval/num_episodes"] == 2
+    assert not (run_directory(config) / "checkpoints").exists()
+
+
 def test_on_a_gpu_only_what_learns_is_float32(tmp_path: Path) -> None:
     config = load(tmp_path, "profile=gpu", "actor.use_real_data_co_training=False")
     learner = build_networks(config, SPACES, acts=False).actor
