@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlinf.core.errors import DataError, first_line
+from rlinf.core.tensor_file import save_tensors
 from rlinf.core.tree import leaves
 from rlinf.models.modules.resnet10 import FILE_STEM, ResNet10, first_mismatch
 
@@ -44,7 +44,7 @@ def convert_resnet10(source: str | Path, target: str | Path) -> Path:
     file = target if target.suffix == ".safetensors" else target / f"{FILE_STEM}.safetensors"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, file, metadata={"format": "pt", "padding": "same"})
+        save_tensors(weights, file, {"format": "pt", "padding": "same"})
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file} could not be written: {error}") from error
     return file

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlinf.core.errors import CheckpointError, first_line
+from rlinf.core.tensor_file import save_tensors
 
 ARRAY = "__numpy__"
 """Key that marks a numpy array among tensors: torch's safe loader does not read numpy arrays."""
@@ -53,7 +53,7 @@ def save_weights(path: Path, version: int, weights: dict[str, Tensor]) -> None:
     # Own contiguous copies: safetensors refuses views and tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
     try:
-        save_file(tensors, path, metadata={"format": "pt", "version": str(version)})
+        save_tensors(tensors, path, {"format": "pt", "version": str(version)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be written: {first_line(error)}") from error
 

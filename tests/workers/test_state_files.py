@@ -83,3 +83,12 @@ def test_missing_files_and_other_contents_are_named(tmp_path):
 def test_a_full_disk_is_a_checkpoint_error():
     with pytest.raises(CheckpointError, match="/dev/full could not be written"):
         save_state("/dev/full", {"a": torch.zeros(100_000)})
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o775, 0o664), (0o700, 0o600)])
+def test_who_may_read_the_folder_may_read_the_weights(tmp_path, folder, file):
+    place = tmp_path / "checkpoint"
+    place.mkdir()
+    place.chmod(folder)
+    save_weights(place / "w.safetensors", 1, {"a": torch.zeros(3)})
+    assert (place / "w.safetensors").stat().st_mode & 0o777 == file

@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlinf.core.config import Config
 from rlinf.core.errors import CheckpointError
+from rlinf.core.tensor_file import save_tensors
 from rlinf.core.types import Obs
 from rlinf.functional.flow import integrate
 from rlinf.models.modules.mlp import mlp
@@ -126,7 +126,7 @@ def save_flow_decoder(decoder: FlowDecoder, folder: Path) -> None:
     described = {"format": _FORMAT, "version": _VERSION, **asdict(decoder.spec)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
         (folder / SPEC_FILE).write_text(json.dumps(described, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the decoder could not be written into {folder}: {error}") from error

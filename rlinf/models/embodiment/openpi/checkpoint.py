@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlinf.core.errors import CheckpointError, first_line
+from rlinf.core.tensor_file import save_tensors
 from rlinf.models.embodiment.openpi.config import GEMMA_NAMES, Pi0Config
 from rlinf.models.embodiment.openpi.model import Pi0, empty_pi0, stays_float32
 
@@ -289,7 +289,7 @@ def save_pi0(model: Pi0, folder: str | Path) -> Path:
     part = file.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"format": "pt", tied: TIED})
+        save_tensors(tensors, part, {"format": "pt", tied: TIED})
         _sort_metadata(part)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(part, file)
