@@ -88,6 +88,7 @@ def test_every_recipe_builds_and_updates(name: str, profile: str, tmp_path: Path
     if "co_training" in name:
         real = write_real(tmp_path / "real")
         overrides += [f"actor.sft_data_path={real}", "actor.model.model_path=null"]
+        overrides += ["algorithm.critic_warmup_steps=0"]  # the first update is to be of the policy, too
     has_demos = isinstance(algorithm, SacConfig) and algorithm.demo_buffer is not None
     if "realworld" in name:
         overrides += [f"env.{use}.override_cfg.driver=twin" for use in ("train", "eval")]
