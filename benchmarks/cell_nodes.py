@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import ROOT, print_setting
+from measure import ROOT, Checks, print_setting
 
 MARK = "RLINF_CELL_NODES"
 """In the environment of all processes of a cluster."""
@@ -73,18 +73,6 @@ ray.shutdown()
 cluster.shutdown()
 sys.exit(code)
 """
-
-
-class Checks:
-    """What was expected, and whether it was so."""
-
-    def __init__(self) -> None:
-        self.failed = False
-
-    def expect(self, what: str, holds: bool, seen: str = "") -> None:
-        """One line."""
-        print(f"{'ok    ' if holds else 'WRONG '}{what}{f': {seen}' if seen else ''}", flush=True)
-        self.failed |= not holds
 
 
 class Robot:

@@ -198,3 +198,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=5, help="turns of every contender (default: 5)")
     made.add_argument("--seconds", type=float, default=2.0, help="time of a contender's turn (default: 2)")
     return made
+
+
+class Checks:
+    """What was expected, and whether it was so; for scripts that show behaviour rather than speed."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def expect(self, what: str, holds: bool, seen: str = "") -> None:
+        """One line."""
+        print(f"{'ok    ' if holds else 'WRONG '}{what}{f': {seen}' if seen else ''}", flush=True)
+        self.failed |= not holds

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from measure import ROOT, print_setting
+from measure import ROOT, Checks, print_setting
 
 RAY_UP = "examples/embodiment/ray_up.sh"
 LINK = "wire0"
@@ -107,17 +107,6 @@ def machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
     finally:
         for machine in made:
             machine.end()
-
-
-class Checks:
-    """What was expected, and whether it was so."""
-
-    def __init__(self) -> None:
-        self.failed = False
-
-    def expect(self, what: str, holds: bool, seen: str = "") -> None:
-        print(f"{'ok    ' if holds else 'WRONG '}{what}{f': {seen}' if seen else ''}", flush=True)
-        self.failed |= not holds
 
 
 def join(server: Machine, robot: Machine, checks: Checks) -> None:
