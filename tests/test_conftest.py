@@ -28,13 +28,16 @@ FILES = {
 )
 def test_what_may_not_be_skipped_fails(tmp_path, monkeypatch, options, told):
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # those of the run that this test is part of
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    shutil.copy(Path(__file__).with_name("conftest.py"), tests)
     for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
+        (tests / name).write_text(text)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # Hydra's and Hypothesis' take longer than the tests
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "xdist", "-n", "1", *options]
-    command.append("--continue-on-collection-errors")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    # The default folder is this run's own, too: each would clean it up below the other.
+    command += ["--continue-on-collection-errors", "--basetemp", str(tmp_path / "files")]
+    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, timeout=100)
     assert told in done.stdout, done.stdout + done.stderr
     assert (done.returncode == 0) == (not options)
     for name in ("test_module.py", "test_marks.py::test_film"):
