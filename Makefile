@@ -4,8 +4,8 @@
 # make clean    remove caches and build leftovers; keeps .venv and logs
 
 VENV ?= .venv
-# Twice as many as there are cores: many tests wait for processes of their own.
-JOBS ?= $(shell n=$$(( 2 * $$(nproc) )); echo $$(( n > 12 ? 12 : n )))
+# Half as many again as there are cores: some tests wait for processes of their own.
+JOBS ?= $(shell n=$$(( $$(nproc) * 3 / 2 )); echo $$(( n > 12 ? 12 : n )))
 PYTHON := $(VENV)/bin/python
 
 # One thread per process: the tests already run in as many processes as there are cores.

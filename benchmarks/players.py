@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlinf.core.protocols import VectorEnv
+from rlinf.core.protocols import Mode, VectorEnv
 from rlinf.core.types import ActionOut, EnvSpaces, EnvStep
 from rlinf.launch.crew import Layout
 from rlinf.runtime.local import Group
@@ -74,6 +74,8 @@ class Team:
         make_env: number → the environments of a pipeline stage.
         chunks: steps of each environment in one `play`.
         stages: pipeline stages of each environment worker.
+        actions_per_answer: so many actions in each of the policy's answers.
+        mode: of the policy.
     """
 
     def __init__(
@@ -85,7 +87,10 @@ class Team:
         *,
         chunks: int,
         stages: int = 1,
+        actions_per_answer: int = 1,
+        mode: Mode = "eval",
     ) -> None:
+        self.mode = mode
         self.chunks, name = chunks, f"team {next(NUMBERS)}"
         ranks = range(len(layout.env))
         sources = [(rank, stage) for rank in ranks for stage in range(stages)]
@@ -95,7 +100,10 @@ class Team:
         # Nobody learns: each environment worker throws away what it has played.
         experience = runtime.channel(f"{name} experience", dict(enumerate(layout.env)))
         weights, stop = runtime.weights(f"{name} policy", layout.rollout), runtime.flag()
-        envs = [partial(_env_worker, rank, make_env, stages, obs, actions, experience, stop) for rank in ranks]
+        envs = [
+            partial(_env_worker, rank, make_env, stages, actions_per_answer, obs, actions, experience, stop)
+            for rank in ranks
+        ]
         rollouts = [
             partial(
                 _rollout_worker, make_policy, obs, actions, weights, [s for s in sources if layout.answerer(s) == r]
@@ -109,7 +117,7 @@ class Team:
 
     def play(self) -> None:
         """Make `chunks` steps with every environment."""
-        serving = self.rollout.run(RolloutWorker.serve, "eval")
+        serving = self.rollout.run(RolloutWorker.serve, self.mode)
         self.env.run(_play, self.chunks).wait()
         serving.wait()
 
@@ -118,11 +126,18 @@ class Team:
 
 
 def _env_worker(
-    rank: int, make_env: Callable[[int], VectorEnv], stages: int, obs: Any, actions: Any, experience: Any, stop: Any
+    rank: int,
+    make_env: Callable[[int], VectorEnv],
+    stages: int,
+    chunk: int,
+    obs: Any,
+    actions: Any,
+    experience: Any,
+    stop: Any,
 ) -> EnvWorker:
     envs = [make_env(rank * stages + stage) for stage in range(stages)]
     keys = [(rank,)] * stages
-    return EnvWorker(rank, envs, obs, actions, experience, stop, num_action_chunks=1, seed=rank, learners=keys)
+    return EnvWorker(rank, envs, obs, actions, experience, stop, num_action_chunks=chunk, seed=rank, learners=keys)
 
 
 def _rollout_worker(
