@@ -142,12 +142,19 @@ def _train(
         if env is not None and runner.val_check_interval and _due(step, runner.val_check_interval, runner.max_steps):
             evaluation = _evaluate(config, trainee, env, reporter, step)
         if _due(step, runner.log_interval, runner.max_steps) or evaluation:
-            learned, means = means.mean(), MetricMean()
-            if not math.isfinite(learned[trainee.loss_tag]):
-                raise NonFiniteError(f"the loss is {learned[trainee.loss_tag]} at update {step}; lower optim.lr")
+            learned, means = _finite(means, trainee, step), MetricMean()
             reporter.log(step, {f"train/{tag}": value for tag, value in learned.items()} | evaluation)
         if _due(step, runner.save_interval, runner.max_steps) or stop.is_set():
+            _finite(means, trainee, step)  # older checkpoints give way to this one
             _save(store, trainee, step)
+
+
+def _finite(means: MetricMean, trainee: Trainee, step: int) -> dict[str, float]:
+    """What was learned since the last record. Raises NonFiniteError."""
+    learned = means.mean()
+    if not math.isfinite(loss := learned.get(trainee.loss_tag, 0.0)):
+        raise NonFiniteError(f"the loss is {loss} at update {step}; lower optim.lr")
+    return learned
 
 
 def _evaluated_in(config: SftConfig) -> EnvConfig | None:

@@ -444,6 +444,8 @@ def test_an_episode_that_does_not_fit_is_refused_and_the_others_kept(tmp_path):
     good = episode(0, 4)
     nan = good["action"].copy()
     nan[2, 1] = np.nan
+    deep = good[CAMERA].astype(np.uint16)
+    deep[3, 0, 0] = 256
     with LeRobotWriter(tmp_path, fps=FPS, features=features()) as writer:
         writer.add_episode(good, task_of(0))
         for change, message in [
@@ -453,6 +455,8 @@ def test_an_episode_that_does_not_fit_is_refused_and_the_others_kept(tmp_path):
             ({"action": good["action"][:, :1]}, r"action is float32 \[4, 1\] and should be float32 \[T, 2\]"),
             ({"count": good["action"][:, 0]}, r"count is float32 \[4, 1\] and should be int64 \[T, 1\]"),
             ({"action": nan}, "action holds NaN or infinity, first in frame 2"),
+            ({"action": np.full((4, 2), 1e300)}, "action holds NaN or infinity, first in frame 0"),
+            ({CAMERA: deep}, "holds uint16 numbers that are none of uint8, first in frame 3"),
             ({"note": [1, 2, 3, 4]}, "note must be a list of texts"),
             ({CAMERA: good[CAMERA][:, :8]}, r"is uint8 \[4, 8, 32, 3\] and should be uint8 \[T, 32, 32, 3\]"),
         ]:

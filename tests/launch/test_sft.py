@@ -139,6 +139,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         run_sft(load(tmp_path, "optim.lr=1.0e30", "optim.clip_grad=null"))
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    broken = ["optim.lr=1.0e30", "optim.clip_grad=null", "runner.log_interval=8"]
+    with pytest.raises(NonFiniteError):
+        run_sft(load(tmp_path, *broken, "runner.save_interval=4", "runner.max_steps=8"))
+    assert not list((tmp_path / "run" / "checkpoints").glob("global_step_*"))
+
+
 def test_wrong_keys_are_answered_as_everywhere(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "model.hiden_dims=[8]", "data.record.epsodes=3")

@@ -110,6 +110,13 @@ def checked_column(key: str, feature: Feature, values: Any) -> Any:
         raise DataError(
             f"{key} is {array.dtype} {list(array.shape)} and should be {dtype} {['T', *feature.shape]}".replace("'", "")
         )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError(f"{key} holds NaN or infinity, first in frame {int((~np.isfinite(array)).nonzero()[0][0])}")
-    return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # said below
+        stored = array.astype(dtype, copy=False)
+    if dtype.kind == "f" and not np.isfinite(stored).all():
+        raise DataError(f"{key} holds NaN or infinity, first in frame {int((~np.isfinite(stored)).nonzero()[0][0])}")
+    if stored is not array and dtype.kind in "iu" and not np.array_equal(stored, array):
+        raise DataError(
+            f"{key} holds {array.dtype} numbers that are none of {dtype}, first in frame "
+            f"{int((stored != array).nonzero()[0][0])}"
+        )
+    return stored

@@ -14,7 +14,6 @@ from rlinf.core.protocols import VectorEnv
 from rlinf.envs.episodes import EpisodicEnv, ReplayedEnv, episode_rules
 from rlinf.envs.realworld import frames, settings
 from rlinf.envs.realworld.arm import Arm
-from rlinf.envs.realworld.cameras.camera import Camera
 from rlinf.envs.realworld.config import PegInsertionConfig, RealWorldConfig, check_said
 from rlinf.envs.realworld.expert import PegInsertionExpert
 from rlinf.envs.realworld.pacing import Pace, RealTime, SimulatedTime, Stopwatch
@@ -174,5 +173,4 @@ def _film(config: RealWorldConfig, cell: RobotCell, arm: Arm) -> Callable[[], np
 
         size = config.video_cfg
         return TwinSource(arm, "front", size.height, size.width).read  # type: ignore[arg-type]
-    camera: Camera = cell.cameras[config.main_image_key]
-    return lambda: camera.newest(1.0).image
+    return lambda: cell.pictures()[config.main_image_key]  # waited for as those of the policy are

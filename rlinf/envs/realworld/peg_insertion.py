@@ -148,13 +148,15 @@ class PegInsertion:
         state = cell.wait()
         self._strongest_n = max(self._strongest_n, float(np.linalg.norm(state.force_n)))
         reward, success, failure = self._judge(mark)
+        if cell.gate.stopped:  # what a stop ends is paid nothing, wherever the arm is then
+            reward, success, failure = 0.0, False, True
         taken = intervention is not None
         self._interventions += taken
         executed = torch.from_numpy(given.astype(np.float32))[None] if taken else None
         return Outcome(
             torch.tensor([reward - cost], dtype=torch.float32),
             torch.tensor([success]),
-            torch.tensor([failure or bool(cell.gate.stopped)]),
+            torch.tensor([failure]),
             executed,
             torch.tensor([taken]),
         )
@@ -217,7 +219,7 @@ class PegInsertion:
         if task.show_goal:
             way = self.goal.way(state.pose)
             vector = np.append(vector, frames.in_tool_axes(way, state.pose) if task.relative else way)
-        return vector[None][0]
+        return vector
 
     def _draw_start(self, generator: np.random.Generator) -> np.ndarray:
         task = self._task

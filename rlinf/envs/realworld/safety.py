@@ -8,6 +8,7 @@ pulled now, and watches the arm:
   `orientation`). One that is no pose at all, or too old, is refused, and the arm holds (`refuse_kinds`).
 - The target walks towards the wish no faster than the speed limits, and stays within a step of the measured pose, so
   that the controller's springs never store more than that step, whatever stands in the way.
+- An arm that was not heard of for a while, and is found farther from its target than that, is held where it is found.
 - No wish for `watchdog_s`: the target stands still (`watchdog`).
 - Too much force or torque, an arm that is too fast, an error of the arm, numbers that are none: a *stop*. The target
   becomes the pose where the arm is, so that it presses no more, and stays there until `clear` names a person.
@@ -166,7 +167,7 @@ class SafetyGate:
         self._asked: np.ndarray | None = None  # [6], the last goal, for the speed that was asked for
         self._asked_s = -math.inf
         self._based_on_s = -math.inf
-        self._last_s = -math.inf
+        self._last_s = self._seen_s = -math.inf
         self._stale = False
 
     # ---- commands
@@ -176,7 +177,7 @@ class SafetyGate:
         if np.isfinite(state.pose).all():
             self._held = state.pose.copy()
         self._goal = self._asked = None
-        self._asked_s, self._last_s = -math.inf, now
+        self._asked_s, self._last_s, self._seen_s = -math.inf, now, state.time_s
 
     def submit(self, wish: np.ndarray, state: ArmState, now: float, *, based_on_s: float | None = None) -> Verdict:
         """Judge a wished pose [7]; if it is accepted, `target` goes for it from now on.
@@ -239,6 +240,7 @@ class SafetyGate:
         self.watch(state, now)
         if self._held is None:
             raise RuntimeError("the safety gate was not started with a finite pose")
+        self._hold_where_found(state)
         if self.stopped or self._goal is None:
             return self._held.copy()
         if now - self._asked_s > self.limits.watchdog_s:
@@ -249,6 +251,16 @@ class SafetyGate:
             return self._held.copy()
         self._held = self._pose(self._walk(self._coordinates(self._held), self._coordinates(state.pose), period))
         return self._held.copy()
+
+    def _hold_where_found(self, state: ArmState) -> None:
+        """After a gap in the measurements: whoever moved the arm meanwhile, it is not pulled back."""
+        unseen_s, self._seen_s = state.time_s - self._seen_s, max(state.time_s, self._seen_s)
+        if not unseen_s > self.limits.max_state_age_s or not np.isfinite(state.pose).all():
+            return
+        assert self._held is not None
+        away = self._coordinates(self._held) - self._coordinates(state.pose)
+        if _length(away[:3]) > self.limits.max_step or _length(away[3:]) > self.limits.max_step_rad:
+            self._held = frames.pose_of(state.pose[:3], state.pose[3:])
 
     def _walk(self, held: np.ndarray, here: np.ndarray, period: float) -> np.ndarray:
         """One period from what is held towards the goal, [6]: first the step limit, then the box, last the speed."""
@@ -344,6 +356,8 @@ class SafetyGate:
         if based_on_s is not None:
             if not math.isfinite(based_on_s) or now - based_on_s > self.limits.max_target_age_s:
                 return "stale_target", f"the target was chosen on a measurement {now - based_on_s:.2f} s old"
+            if based_on_s > now:  # and nothing would ever be newer
+                return "stale_target", "the target was chosen on a measurement that is still to be made: another clock"
             if based_on_s < self._based_on_s:
                 return "out_of_order", "the target was chosen on an older measurement than the one before"
         if now - state.time_s > self.limits.max_state_age_s:

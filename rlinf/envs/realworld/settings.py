@@ -69,7 +69,8 @@ class CellSettings:
         safety: what the arm may do.
         cameras: by name.
         control_hz: how often the gate moves the arm's target.
-        park: move to the reset joints when the server ends, instead of holding; never after a stop.
+        park: move to the reset joints when the server ends, instead of holding; never after a stop. The way is the
+            driver's own from wherever the arm is, out of a hole too: the environment's `at_end: joints` lifts first.
     """
 
     driver: str

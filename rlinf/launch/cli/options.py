@@ -126,7 +126,11 @@ def add_robot_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--robot-ip", metavar="HOST", help="address of the robot's controller (franky, panda_py)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on; 0 takes a free one (5000)")
-    parser.add_argument("--park", action="store_true", help="in the end move to the reset joints instead of holding")
+    parser.add_argument(
+        "--park",
+        action="store_true",
+        help="in the end move to the reset joints, without lifting first, instead of holding",
+    )
     parser.add_argument("--verbose", action="store_true", help="log every request and every limit")
 
 

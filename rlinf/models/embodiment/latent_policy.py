@@ -112,7 +112,8 @@ class LatentHead(nn.Module):
         ours, theirs = int(self.decoder_mark), int(state_dict.get(f"{prefix}decoder_mark", 0))
         if ours and theirs and ours != theirs:
             raise CheckpointError(
-                "these weights have learned to steer another decoder; name theirs in actor.model.decoder_path"
+                "these weights have learned to steer another decoder; name theirs in actor.model.decoder_path (of pi0, "
+                "actor.model.model_path)"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -52,9 +52,9 @@ def served(arm, limits=LIMITS, cameras=None, token="", operator_token="", contro
 class SerlClient:
     """Asks as SERL's client does: POST, JSON, nobody looks at the status."""
 
-    def __init__(self, url, headers=None):
+    def __init__(self, url, headers=None, timeout=5):
         host, port = url.removeprefix("http://").split(":")
-        self._connection = http.client.HTTPConnection(host, int(port), timeout=5)
+        self._connection = http.client.HTTPConnection(host, int(port), timeout=timeout)
         self._headers = {"Content-Type": "application/json", **(headers or {})}
         self.status = 0
 

@@ -140,6 +140,18 @@ def _complaint(camera):
     return ""
 
 
+def test_what_a_library_throws_is_a_failure_like_others(make):
+    """A thread that ended by it would leave a camera that nobody opens again."""
+    source = small()
+    camera = make(source, retries=4, retry_s=0.05)
+    camera.newest(1.0)
+    read = source.read
+    source.read = lambda: np.zeros((4, 4), np.uint8)  # without colours
+    wait_until(lambda: camera.restarts >= 1 and "Error: " in _complaint(camera))
+    source.read = read
+    camera.newest(3.0)
+
+
 def test_a_camera_that_does_not_open_is_said_at_once(make):
     source = small()
     source.dead = True

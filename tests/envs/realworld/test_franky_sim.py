@@ -85,7 +85,7 @@ def test_behind_the_server(host):
     arm = FrankyArm(host, speed=0.3)
     limits = SafetyLimits(box_low=(0.3, -0.3, 0.2), box_high=(0.8, 0.3, 0.8), max_rotation_rad=(0.5, 0.5, 1.2))
     with served(arm, limits) as (station, url):
-        client = SerlClient(url)
+        client = SerlClient(url, timeout=60)  # the simulated joints are as slow as the machine is busy
         assert client.post("jointreset") == "Reset Joint"
         here = np.array(client.post("getpos")["pose"])
         for k in range(20):
@@ -97,6 +97,25 @@ def test_behind_the_server(host):
             assert client.move(here + np.array([0, 0.038, 0, 0, 0, 0, 0])) == "Moved"
             time.sleep(0.05)
         assert not station.gate.stopped
+
+
+def test_a_controller_that_is_gone_without_an_error_is_recovered_at_the_server(host):
+    """As after a joint reset that failed, or a user stop that was released before anybody looked."""
+    arm = FrankyArm(host, speed=0.3)
+    limits = SafetyLimits(box_low=(0.3, -0.3, 0.2), box_high=(0.8, 0.3, 0.8), max_rotation_rad=(0.5, 0.5, 1.2))
+    with served(arm, limits) as (station, url):
+        client = SerlClient(url, timeout=60)
+        client.post("jointreset")
+        arm._halt()
+        deadline = time.monotonic() + 10
+        while not station.gate.stopped:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert arm.state().error == ""
+        assert client.post("recover", {"person": "Ada"}) == "Recovered"
+        time.sleep(0.5)
+        assert not station.gate.stopped
+        assert client.move(np.array(client.post("getpos")["pose"])) == "Moved"
 
 
 def test_nobody_there():

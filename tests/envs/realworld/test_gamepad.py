@@ -110,6 +110,14 @@ def test_a_press_is_one_mark(pad, button, mark):
     gamepad.close()
 
 
+def test_a_stop_is_not_taken_back_by_the_next_button(pad):
+    gamepad = Gamepad(device=pad.path)
+    pad.says(BUTTON, 2, 1)
+    pad.says(BUTTON, 0, 1)
+    assert gamepad.read().mark == "stop"
+    gamepad.close()
+
+
 def test_the_state_at_the_beginning_and_events_in_pieces(pad):
     gamepad = Gamepad(device=pad.path)
     pad.says(AXIS | INITIAL, LEFT_Y, FULL)

@@ -22,7 +22,7 @@ from rlinf.envs.realworld.arm import ArmError
 from rlinf.envs.realworld.arms.fake import FakeArm
 from rlinf.envs.realworld.cameras.camera import CameraError
 from rlinf.envs.realworld.config import PRECISION, PegInsertionConfig, RealWorldConfig
-from rlinf.envs.realworld.env import make
+from rlinf.envs.realworld.env import _film, make
 from rlinf.envs.realworld.expert import PegInsertionExpert
 from rlinf.envs.realworld.observation import action_of, motion_of, proprioception
 from rlinf.envs.realworld.pacing import Metronome, RealTime, SimulatedTime
@@ -262,6 +262,19 @@ def test_force_stops_the_arm_and_ends_the_episode_and_without_a_robot_nobody_has
     env.close()
 
 
+def test_a_stop_at_the_target_is_no_success():
+    env = made(override_cfg={"reset_ee_pose": [0.5, 0, 0.055, math.pi, 0, 0], "enable_random_reset": False})
+    env.reset(0)
+    cell_of(env).arm.load[:3] = (0, 0, 70)
+    step = act(env)
+    assert bool(step.terminated[0, 0]) and float(step.reward[0, 0]) == 0 and not bool(step.info["success"])
+    cell_of(env).arm.load[:] = 0
+    env.reset()
+    step = act(env)
+    assert float(step.reward[0, 0]) == 1 and bool(step.info["success"])
+    env.close()
+
+
 def a_cell(arm, clock, **keys):
     pace = SimulatedTime(clock, clock.advance)
     cell = RobotCell(arm, {}, LIMITS, pace, period_s=0.1, robot_wait_s=2.0, stop_wait_s=3.0, **keys)
@@ -383,6 +396,15 @@ def test_a_dead_camera_holds_the_arm_and_is_not_waited_for_without_end():
     with pytest.raises(CameraError, match=r"camera wrist_1 did not come back in 2 s"):
         cell.pictures()
     assert cell.camera_restarts == 3
+    cell.close()
+
+
+def test_a_film_waits_for_its_camera_as_the_policy_does():
+    clock = Clock()
+    cell = a_cell(FakeArm(clock=clock), clock)
+    cell.cameras = {"wrist_1": DeadCamera(4)}
+    config = RealWorldConfig(override_cfg={"driver": "fake"})
+    assert _film(config, cell, cell.arm)().shape == (4, 4, 3)
     cell.close()
 
 

@@ -127,6 +127,27 @@ def test_late_and_overtaken_targets_are_refused():
     assert gate.submit(here, state(here, 2.0), 2.0, based_on_s=float("nan")).kind == "stale_target"
 
 
+def test_a_time_that_is_still_to_come_shuts_nobody_out():
+    gate, here = started()
+    verdict = gate.submit(
+        here, state(here, 1.0), 1.0, based_on_s=1.7e9
+    )  # the time of day, of a clock that counts otherwise
+    assert verdict.kind == "stale_target" and "another clock" in verdict.reason
+    assert gate.submit(here, state(here, 1.0), 1.0, based_on_s=1.0).accepted
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_arm_that_was_moved_while_nobody_looked_is_not_pulled_back(stopped):
+    gate, here = started(dataclasses.replace(LIMITS, max_state_age_s=0.25))
+    moved = pose(0.5, 0.09, 0.15)
+    if stopped:
+        gate.stop("arm_error", "not heard of", None, 0.1)
+    np.testing.assert_array_equal(gate.target(state(here, 3.0), 3.0), here)  # it is where it was
+    for now in (6.0, 6.01):
+        np.testing.assert_allclose(gate.target(state(moved, now), now), moved)
+    np.testing.assert_allclose(gate.target(state(here, 6.02), 6.02), moved)  # seen to be pushed, it is held against it
+
+
 def test_silence_ends_in_holding():
     gate, here = started(dataclasses.replace(LIMITS, max_speed=0.01))
     gate.submit(pose(0.52, 0, 0.15), state(here), 0.0)

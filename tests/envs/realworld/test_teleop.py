@@ -226,6 +226,12 @@ def test_keys_for_the_gripper_and_the_episode(keys):
         assert board.read().mark == ""  # said once
 
 
+def test_a_stop_is_not_taken_back_by_the_next_key(keys):
+    board, _, press = keys
+    press(" \n")
+    assert read_something(board).mark == "stop"
+
+
 def test_without_a_terminal_there_is_no_keyboard(tmp_path):
     with (tmp_path / "file").open("w") as file, pytest.raises(TeleopError, match="needs a terminal"):
         Keyboard(file=file)

@@ -361,6 +361,12 @@ def test_a_truncated_file_is_named(checkpoints, tmp_path):
             load_pi0(tmp_path, TINY)
 
 
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "model-00001.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model-00001\.safetensors cannot be read"):
+        load_pi0(tmp_path, TINY)
+
+
 def test_a_pointer_of_git_lfs_is_recognised(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(CheckpointError, match=r"git-lfs pointer.*git lfs pull"):

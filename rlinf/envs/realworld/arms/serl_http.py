@@ -73,6 +73,9 @@ class HttpLink:
                         raise ArmError(
                             f"{self.url}/{route}: no answer ({reason}); is the robot server running there?"
                         ) from error
+                except BaseException:  # Ctrl-C: what comes next, to hold the arm, must not find a question half asked
+                    self._drop()
+                    raise
         if status != http.client.OK:
             raise HttpRefusal(f"{self.url}/{route}: {_reason(answer) or f'HTTP status {status}'}")
         return answer, headers
@@ -141,10 +144,11 @@ class SerlHttpArm:
             opening = float(np.asarray(answer["gripper_pos"], float)) / self._gripper_full
             age_s = float(answer.get("age_s", 0.0))
             self._stamp = float(answer["time_s"]) if "time_s" in answer else None
+            pose = frames.pose_of(values["pose"][:3], values["pose"][3:])
         except (KeyError, TypeError, ValueError) as error:
             raise ArmError(f"{self._link.url}/getstate: not the answer of a robot server ({error})") from error
         return ArmState(
-            pose=np.concatenate((values["pose"][:3], frames.normalized(values["pose"][3:]))),
+            pose=pose,
             velocity=values["vel"],
             force_n=values["force"],
             torque_nm=values["torque"],

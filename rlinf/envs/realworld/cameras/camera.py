@@ -148,10 +148,10 @@ class Camera:
                 while not self._ended.is_set():
                     self._take(self._source.read())
                     failures = 0
-            except RlinfError as error:  # noqa: PERF203  # it is the loop over failures
+            except Exception as error:  # noqa: PERF203  # whatever a driver throws: else nobody would read any more
                 failures += 1
                 with self._news:
-                    self._problem = str(error)
+                    self._problem = str(error) if isinstance(error, RlinfError) else f"{type(error).__name__}: {error}"
                     self._given_up = failures > self._retries
                     self._news.notify_all()
                 if self._given_up:

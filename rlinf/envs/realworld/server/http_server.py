@@ -245,6 +245,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.SERVICE_UNAVAILABLE, {"error": str(error)})
         except RlinfError as error:  # the gate, the arm
             self._send(HTTPStatus.CONFLICT, {"error": str(error)})
+        except OSError:  # the client is gone
+            raise
+        except Exception as error:  # of a driver's library; a client without an answer would blame the network
+            LOG.exception("/%s", route)
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"/{route}: {type(error).__name__}: {error}"})
 
     def _call(self, route: str, body: dict[str, Any], may_act: bool) -> Any:
         routes = self.server.routes

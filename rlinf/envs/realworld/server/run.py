@@ -72,10 +72,10 @@ def serve(cell: CellSettings, host: str, port: int, *, verbose: bool = False) ->
             if serving is not None:
                 server.shutdown()
             server.server_close()
+        if opened:  # before the cameras, which may be stuck
+            print(f"robot server ended: arm {station.close(park=cell.park)}", flush=True)
         for camera in cameras.values():
             camera.close()
-        if opened:
-            print(f"robot server ended: arm {station.close(park=cell.park)}", flush=True)
 
 
 def make_camera(name: str, settings: CameraSettings, arm: Arm) -> Camera:

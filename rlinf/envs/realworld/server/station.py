@@ -143,19 +143,30 @@ class Station:
                 self._asleep_until = now + RECONNECT_PAUSE_S
                 self._log_events()
             return
+        # Whoever else moves the arm is not waited for: the target would then be that of before.
+        free = self._driver.acquire(blocking=False)
+        try:
+            self._follow(state, free)
+        finally:
+            if free:
+                self._driver.release()
+
+    def _follow(self, state: ArmState, free: bool) -> None:
+        """Ask the gate, and move the arm if nobody else does."""
         with self.lock:
             self._state = state
             if self._busy:
                 return
-            was_stopped = bool(self.gate.stopped)
-            target = self.gate.target(state, self._clock())
+            was_stopped, now = bool(self.gate.stopped), self._clock()
+            if free:
+                target = self.gate.target(state, now)
+            else:
+                self.gate.watch(state, now)
             self._log_events()
-        if state.error:
+        if state.error or not free:
             return
         try:
-            with self._driver:
-                if not self._busy:
-                    self._arm.set_target_pose(target)
+            self._arm.set_target_pose(target)
         except ArmError as error:
             if not was_stopped:
                 self.stop("arm_error", str(error))
@@ -235,7 +246,8 @@ class Station:
         if not person.strip():
             raise Busy('name who has looked at the arm: {"person": "NAME"}')
         with self._driver:
-            if self._arm.state().error:
+            # What stopped it may be over, and its controller still not run.
+            if self._arm.state().error or self.gate.stopped.startswith("arm_error"):
                 LOG.warning("%s recovers the arm", person)
                 self._arm.recover()
             state = self._arm.state()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlinf.envs.realworld.teleop.operator import Command, TeleopError
+from rlinf.envs.realworld.teleop.operator import Command, TeleopError, later_mark
 
 DEVICE = "/dev/input/js0"
 EVENT = struct.Struct("<IhBB")
@@ -87,7 +87,7 @@ class Gamepad:
         return 0.0 if abs(value) < self._dead_zone else value
 
     def _take_events(self) -> str:
-        """Bring the state up to date; the last mark that was pressed."""
+        """Bring the state up to date; what was pressed, a stop before all else."""
         mark = ""
         while chunk := self._read_some():
             data = self._rest + chunk
@@ -98,7 +98,7 @@ class Gamepad:
                     self._axes[number] = max(-1.0, value / FULL)
                 elif kind & ~INITIAL == BUTTON and value:
                     self._buttons.add(number)
-                    mark = MARKS.get(number, mark) if not kind & INITIAL else mark
+                    mark = mark if kind & INITIAL else later_mark(mark, MARKS.get(number, ""))
                 elif kind & ~INITIAL == BUTTON:
                     self._buttons.discard(number)
         return mark

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.envs.realworld.teleop.operator import Command, TeleopError
+from rlinf.envs.realworld.teleop.operator import Command, TeleopError, later_mark
 
 KEY_HOLD_S = 0.15
 """A press counts so long. Terminals report no release; a held key repeats about thirty times a second."""
@@ -63,7 +63,7 @@ class Keyboard:
                 raise TeleopError("the terminal was closed")
             for key in keys:
                 self._pressed[key.lower()] = now
-                mark = MARKS.get(key, mark)
+                mark = later_mark(mark, MARKS.get(key, ""))
         motion, gripper = np.zeros(6), 0.0
         for key, pressed_s in self._pressed.items():
             if now - pressed_s <= KEY_HOLD_S:

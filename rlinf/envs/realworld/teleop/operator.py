@@ -23,6 +23,11 @@ class TeleopError(RlinfError):
     """The operator's device is missing, may not be opened, or was lost; the message says what to do."""
 
 
+def later_mark(mark: str, new: str) -> str:
+    """What counts of two marks of one control period: the later one, but nothing takes back a stop."""
+    return mark if mark == "stop" or not new else new
+
+
 @dataclass(frozen=True, eq=False)
 class Command:
     """What the operator wants in this control period.

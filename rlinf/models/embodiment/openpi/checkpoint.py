@@ -248,13 +248,20 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt", backend="pread") as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        with file.open("rb") as stream:
-            pointer = stream.read(7) == b"version"  # how a git-lfs pointer begins
-        if pointer:
+        if _is_pointer(file):
             raise CheckpointError(
                 f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` beside it"
             ) from error
         raise CheckpointError(f"{file} cannot be read ({first_line(error)}); {REMEDY}") from error
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether git-lfs has left a note in the file's place, which begins with its version."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(7) == b"version"
+    except OSError:
+        return False
 
 
 def _size(shape: tuple[int, ...]) -> int:
