@@ -14,18 +14,21 @@ die() {
 }
 
 usage() { sed -n '3,5p' "${BASH_SOURCE[0]}" | sed 's/^# *//'; }
+for word in "$@"; do
+    case $word in -h | --help) usage && exit 0 ;; esac
+done
 
 kind=${1:-}
 shift || true
 case $kind in
-    head | down) ;;
+    head) ;;
+    down) [ $# -eq 0 ] || die "down ends Ray on this machine and takes nothing else, but was given '$1'" ;;
     worker)
         head=${1:-}
         [[ -n $head && $head != --* ]] || die "worker needs the address of the head, as its ray_up.sh printed it"
         shift
         [[ $head == *:* ]] || head=$head:$PORT
         ;;
-    -h | --help) usage && exit 0 ;;
     *) usage >&2 && die "the first argument is head, worker or down" ;;
 esac
 

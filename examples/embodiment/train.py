@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from rlinf.core.errors import RlinfError
+from rlinf.core.errors import RlinfError, raised_in
 
 
 def main() -> NoReturn:
@@ -29,6 +29,8 @@ def main() -> NoReturn:
         code = train(load_config(arguments.config_name, arguments.overrides, arguments.config_path))
     except RlinfError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        if place := raised_in(problem):
+            print(f"  {place}", file=sys.stderr)
         code = 2
     leave(code)
 

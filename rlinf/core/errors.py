@@ -7,6 +7,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def raised_in(error: BaseException) -> str:
+    """Which worker raised it and in which process, of an error that came from another one; else empty."""
+    notes = getattr(error, "__notes__", None) or [""]
+    return notes[0].partition("\n")[0].removesuffix(":")
+
+
 class RlinfError(Exception):
     """Something that the user can mend; the message names the thing and the remedy."""
 

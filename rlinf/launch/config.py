@@ -30,7 +30,6 @@ from rlinf.models.embodiment.mlp_actor_critic import MlpActorCriticConfig
 from rlinf.models.embodiment.mlp_policy import MlpPolicyConfig
 from rlinf.models.embodiment.openpi.policy_config import OpenpiConfig
 from rlinf.models.embodiment.state_policy import QPolicyConfig
-from rlinf.runtime.placement import Plan
 from rlinf.runtime.placement_text import KEY as PLACEMENT
 from rlinf.runtime.routes import check_sources
 
@@ -326,17 +325,6 @@ def share_problems(root: Root, counts: Mapping[str, int | None]) -> Iterator[tup
             f"{PLACEMENT} gives actor {learners} processes, but there are only {root.env.train.total_num_envs} "
             "environments to learn from; raise env.train.total_num_envs or give actor fewer",
         )
-
-
-def check_plan(root: Root, plan: Plan) -> None:
-    """Raise ConfigError, with a line for each problem, when batches or environments do not fit the plan's processes."""
-    problems = list(share_problems(root, {role: plan.world_size(role) for role in plan.processes}))
-    places = [process.place for process in plan.processes["actor"] if process.devices]
-    if len(set(places)) < len(places):
-        problems.append((PLACEMENT, f"{PLACEMENT} puts two processes of actor on one accelerator, which NCCL refuses; "
-                         "give each one of its own"))  # fmt: skip
-    if problems:
-        raise ConfigError("\n".join(message for _, message in problems))
 
 
 def _batch_problems(whole: int, part: int, learners: int) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from rlinf.core.seeding import derive_seed, torch_generator
 from rlinf.core.types import EnvSpaces
 from rlinf.envs.config import EnvConfig
 from rlinf.envs.episodes import Patient
+from rlinf.envs.realworld.config import RealWorldConfig
 from rlinf.launch.algorithm_config import SacConfig
 from rlinf.launch.build import (
     Policy,
@@ -39,7 +40,7 @@ from rlinf.runners.checkpoint import load_policy
 from rlinf.runners.crew import Crew
 from rlinf.runners.evaluate import Evaluator
 from rlinf.runtime.interface import Runtime
-from rlinf.runtime.local import STOP_TIMEOUT_S, Channel, Flag, Group, Weights
+from rlinf.runtime.local import CHANNEL_TIMEOUT_S, STOP_TIMEOUT_S, Channel, Flag, Group, Weights
 from rlinf.runtime.ranks import join_ranks
 from rlinf.workers.env_worker import EnvWorker, Source
 from rlinf.workers.learner_worker import LearnerWorker
@@ -127,7 +128,7 @@ def build_crew(
     try:
         spaces = spaces_of(env)
         rollouts = [
-            partial(_rollout_worker, config, spaces, talk, weights, device, name=str(rank),
+            partial(_rollout_worker, config, spaces, talk, weights, device, name=str(rank), env=config.env.train,
                     sources=[source for source in sources if layout.answerer(source) == rank],
                     noise_correlation=config.rollout.noise_correlation)
             for rank in range(len(layout.rollout))
@@ -176,7 +177,7 @@ def build_evaluator(
         spaces = spaces_of(env)
         check_spaces(config, spaces)
         rollouts = [
-            partial(_rollout_worker, config, spaces, talk, weights, device, name="eval",
+            partial(_rollout_worker, config, spaces, talk, weights, device, name="eval", env=section,
                     sources=[source for source in sources if layout.answerer(source) == rank])
             for rank in range(len(layout.rollout))
         ]  # fmt: skip
@@ -284,6 +285,7 @@ def _rollout_worker(
     device: torch.device | None,
     *,
     name: str,
+    env: EnvConfig,
     sources: Sequence[Source],
     noise_correlation: float = 0.0,
 ) -> RolloutWorker:
@@ -300,8 +302,14 @@ def _rollout_worker(
         generator=torch_generator(config.runner.seed, f"policy/{name}", device),
         noise_correlation=noise_correlation,
         device=device,
+        timeout_s=_patience_s(env),
         offload=config.rollout.enable_offload,
     )
+
+
+def _patience_s(env: EnvConfig) -> float:
+    """So long a policy waits to be asked: an environment that waits for a person hangs no sooner for that."""
+    return CHANNEL_TIMEOUT_S + (env.longest_wait_s() if isinstance(env, RealWorldConfig) else 0.0)
 
 
 def _learner_worker(

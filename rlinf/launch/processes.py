@@ -9,9 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rlinf.launch.cluster_config import node_groups_of, resolve_backend
-from rlinf.launch.config import Root, check_plan
+from rlinf.launch.config import Root
 from rlinf.launch.crew import Layout
 from rlinf.launch.machine import prepare_process, this_node
+from rlinf.launch.plan_check import check_plan
 from rlinf.runtime.cluster import Machine, joined
 from rlinf.runtime.interface import Runtime
 from rlinf.runtime.local import LocalRuntime

@@ -25,7 +25,7 @@ from rlinf.runners.crew import Collection, Crew, Reporter
 from rlinf.runners.evaluate import Evaluating, Evaluator
 from rlinf.runners.run import Run, drive, rates
 from rlinf.runners.schedule import Schedule
-from rlinf.runtime.local import Handle, wait_for_one
+from rlinf.runtime.local import PLAY_TIMEOUT_S, Handle, wait_for_one
 from rlinf.workers.env_worker import merge_episode_means
 from rlinf.workers.learner_worker import LearnerWorker
 
@@ -146,7 +146,7 @@ class Asynchronous:
                     if may_learn:
                         return
                     if self.playing:
-                        wait_for_one(self.playing[0].handles, watching=self._watched())
+                        wait_for_one(self.playing[0].handles, watching=self._watched(), timeout_s=PLAY_TIMEOUT_S)
 
     def _may_learn(self) -> bool:
         crew, schedule = self.run.crew, self.run.schedule

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from rlinf.core.errors import ProcessDied
 from rlinf.runtime.interface import Runtime
-from rlinf.runtime.local import STOP_TIMEOUT_S, Flag, Group, Handle, Weights
+from rlinf.runtime.local import PLAY_TIMEOUT_S, STOP_TIMEOUT_S, Flag, Group, Handle, Weights
 from rlinf.workers.env_worker import EnvWorker, merge_episode_means
 from rlinf.workers.learner_worker import LearnerWorker, Progress
 from rlinf.workers.rollout_worker import RolloutWorker
@@ -41,7 +41,7 @@ class Collection:
 
     def wait(self) -> dict[str, float]:
         """Means over the episodes that ended, once everything is played. May be asked again."""
-        parts = self.playing.wait(watching=[self.serving])
+        parts = self.playing.wait(PLAY_TIMEOUT_S, watching=[self.serving])
         self.serving.wait()
         return merge_episode_means(parts)
 

@@ -12,7 +12,7 @@ from rlinf.core.protocols import Mode
 from rlinf.core.seeding import derive_seed
 from rlinf.metrics.video import tile
 from rlinf.runners.crew import Reporter
-from rlinf.runtime.local import STOP_TIMEOUT_S, Group, Handle, Weights
+from rlinf.runtime.local import PLAY_TIMEOUT_S, STOP_TIMEOUT_S, Group, Handle, Weights
 from rlinf.workers.env_worker import EnvWorker, Evaluation, merge_episode_means, task_prefix
 from rlinf.workers.rollout_worker import RolloutWorker
 
@@ -38,7 +38,7 @@ class Evaluating:
 
     def finish(self, reporter: Reporter) -> dict[str, float]:
         """Wait for the end. Means over the episodes and which weights they are of, with the prefix `eval/`."""
-        parts = self._playing.wait(watching=[self._serving])
+        parts = self._playing.wait(PLAY_TIMEOUT_S, watching=[self._serving])
         self._serving.wait()
         if (frames := parts[0].frames) is not None:
             reporter.video(self._name, np.stack([tile(frame) for frame in frames]), self._fps)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def joined(
                 f"cluster.num_nodes is {num_nodes}: which of them are meant? Write {len(machines)}, or take the others "
                 "out with: bash examples/embodiment/ray_up.sh down"
             )
+        _require_names(machines)
         yield machines
     finally:
         if ours:
@@ -143,6 +145,16 @@ def _gather(num_nodes: int, note: Callable[[str], None], timeout_s: float) -> li
             noted = now
         time.sleep(0.2)
     return machines
+
+
+def _require_names(machines: Sequence[Machine]) -> None:
+    """Machines are numbered by name after the head: of two with one name, each run might take the other one."""
+    for one, other in pairwise(machines[1:]):
+        if one.name == other.name:
+            raise WorkerDied(
+                f"two machines are called '{one.name}' ({one.ip} and {other.ip}), and machines are numbered by name; "
+                "start one of them anew: bash examples/embodiment/ray_up.sh worker HEAD_ADDRESS --name ANOTHER"
+            )
 
 
 def alive() -> list[Machine]:

@@ -36,6 +36,9 @@ R = TypeVar("R")
 
 CHANNEL_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 3600.0
+PLAY_TIMEOUT_S = 7 * 86_400.0
+"""For playing and answering, which take as long as there is to play: who hangs is missed by the other in
+`CHANNEL_TIMEOUT_S`."""
 GRACE_S = 2.0
 """For the cause of a failure to show itself after its first consequence."""
 STOP_TIMEOUT_S = 10.0

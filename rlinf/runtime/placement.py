@@ -256,7 +256,9 @@ def _held(
     highest = max(span.resources[-1] for span in where.spans if span.resources) if where.spans[0].resources else 0
     if highest >= len(resources):
         fewer = "write 0" if len(resources) == 1 else f"stay below {len(resources)}"
-        raise ConfigError(f"{asked} needs {kind} {highest}, but {who_has}; {fewer} or {more}")
+        minutes = f" (without quotes, YAML reads {highest // 60}:{highest % 60} as {highest})"
+        read = minutes if highest >= 60 and where.text == str(highest) else ""
+        raise ConfigError(f"{asked} needs {kind} {highest}, but {who_has}; {fewer} or {more}{read}")
     held: list[tuple[_Resource, ...]] = []
     for span in where.spans:
         held += _split(asked, span, resources)

@@ -107,7 +107,8 @@ def read_placement(placement: Mapping[str, Any] | str) -> dict[str, RolePlacemen
     """Every role's placement from a mapping `"env,rollout" → 0-7`, or from `"env,rollout: 0-7; actor: 8-15"`.
 
     In a mapping, {node_group: label or labels, placement: 0-7} chooses nodes too. A key for one role overrides what a
-    key for several says of it: that is how a command line changes one role of a recipe.
+    key for several says of it: that is how a command line changes one role of a recipe. Of two keys for the same roles
+    in another order the later counts: that is how a recipe changes the one that it builds on.
 
     Raises ConfigError when it cannot be read, or a role is unknown, placed twice or left out.
     """
@@ -136,7 +137,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _pairs(placement: Mapping[str, Any] | str) -> Iterable[tuple[str, Any]]:
     if not isinstance(placement, str):
-        return placement.items()
+        latest = {frozenset(name.strip() for name in names.split(",")): names for names in placement}
+        return [(names, placement[names]) for names in latest.values()]
     pairs = []
     for part in filter(str.strip, placement.split(";")):
         names, colon, value = part.partition(":")
@@ -192,6 +194,8 @@ def _written(ranks: range) -> str:
 
 
 def _once(ranks: Sequence[int], where: str, text: str | int) -> None:
-    for position, rank in enumerate(ranks):
-        if rank in ranks[:position]:
+    seen: set[int] = set()
+    for rank in ranks:
+        if rank in seen:
             raise ConfigError(f"{where}: {text} names {rank} twice; keep one")
+        seen.add(rank)

@@ -6,6 +6,7 @@ Nothing here knows how the processes were started. Each calls `join_ranks` once,
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,6 +128,11 @@ def join_ranks(
     try:
         store = _store(rank, size, address, timedelta(seconds=join_timeout_s))
         store.set(_key(rank), "here")
+    except OSError as error:
+        raise WorkerDied(
+            f"rank {rank} of {size} cannot listen at {address} ({error.strerror}): start the run again, which takes "
+            "another port, or correct the address of this machine"
+        ) from error
     except RuntimeError as error:
         raise WorkerDied(
             f"rank {rank} of {size} could not reach {address} within {join_timeout_s:g} s ({first_line(error)}): "
@@ -158,7 +164,11 @@ def _store(rank: int, size: int, address: str, timeout: timedelta) -> dist.Store
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"{address!r} is no address of the ranks: write host:port or file:///path")
-    return dist.TCPStore(host, int(port), size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    # By itself the store would listen on all addresses of the machine, and it answers everybody.
+    listening = socket.create_server((host, int(port))).detach() if rank == 0 else None
+    return dist.TCPStore(
+        host, int(port), size, is_master=rank == 0, timeout=timeout, wait_for_workers=False, master_listen_fd=listening
+    )
 
 
 def _key(rank: int) -> str:

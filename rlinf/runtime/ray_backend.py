@@ -116,7 +116,7 @@ class RayWeights(Weights):
     def publish(self, version: int, state: dict[str, Tensor], *, wait: bool = True) -> None:
         """See Weights."""
         shared = ray.put({key: as_array(tensor) for key, tensor in state.items()})
-        self._runtime.tell(Host.take_weights, self.readers, self.name, version, shared)
+        self._runtime.tell(Host.take_weights, self.readers, self.name, version, shared, timeout_s=CHANNEL_TIMEOUT_S)
 
     def take_over(self, source: Weights) -> int:
         """See Weights; the state itself does not pass the driver."""
@@ -319,10 +319,12 @@ class RayRuntime:
         _, pid, machine = self._introductions[host]
         return f"'{seat.name}' (process {pid} on {machine}, {seat.ip})"
 
-    def tell(self, method: Callable[..., Any], hosts: Iterable[int], *args: Any) -> list[Any]:
+    def tell(
+        self, method: Callable[..., Any], hosts: Iterable[int], *args: Any, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> list[Any]:
         """Call a method of `Host` in processes and wait for their answers."""
         sent = [(host, getattr(self._actors[host], method.__name__).remote(*args)) for host in hosts]
-        return [self._answer(reference, host, ANSWER_TIMEOUT_S) for host, reference in sent]
+        return [self._answer(reference, host, timeout_s) for host, reference in sent]
 
     def tell_all(self, method: Callable[..., Any], *args: Any) -> None:
         """Call a method of `Host` in all processes; those that are gone do not matter. Does not wait."""

@@ -29,12 +29,20 @@ def run(*words: str, **env: str) -> tuple[int, str]:
         (["head", "--nmae", "x"], "unknown option '--nmae'"),
         (["head", "--label", "robot"], "--label robot: write KEY=VALUE"),
         (["head", "--resource", "arm=some"], "--resource arm=some: write NAME=COUNT"),
+        (["down", "robot"], "down ends Ray on this machine and takes nothing else, but was given 'robot'"),
     ],
 )
 def test_wrong_words_are_answered(words: list[str], said: str) -> None:
     code, stderr = run(*words)
     assert code == 2
     assert stderr.splitlines()[-1] == f"ray_up: {said}"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["head", "--help"], ["worker", "--help"], ["down", "-h"]])
+def test_help_is_given_wherever_it_is_asked_for(words: list[str]) -> None:
+    done = subprocess.run(["bash", str(SCRIPT), *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("bash examples/embodiment/ray_up.sh ") == 3
 
 
 def test_a_worker_without_token_or_head_is_told_so_at_once(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rlinf.launch.parse import load_config
 from rlinf.launch.run import schedule_of, train
 from rlinf.runners.asynchronous import run_async
 from rlinf.runners.checkpoint import CheckpointStore, find, verify
+from rlinf.runtime.local import CHANNEL_TIMEOUT_S, LocalRuntime
 from tests.envs.realworld.cell import SerlClient, served
 from tests.fakes import RecordingReporter
 
@@ -47,6 +48,17 @@ def recipe(reach_configs):
         return load_config("reach", given, reach_configs, has_gpu=lambda: False)
 
     return config
+
+
+def test_a_policy_waits_as_long_as_its_cell_waits_for_a_person_and_no_shorter(recipe):
+    """Or else the run would end after ten minutes with the policy's complaint, the person still being waited for."""
+    crew = build_crew(
+        recipe("null", **{"env.train.override_cfg.driver": "fake", "env.train.override_cfg.stop_wait_s": 7200}),
+        LocalRuntime(),
+    )
+    [patience_s] = crew.rollout.run(lambda worker: worker.timeout_s).wait()
+    assert crew.close() == []
+    assert patience_s == CHANNEL_TIMEOUT_S + 7200 + 100
 
 
 class Cable:

@@ -8,7 +8,7 @@ import pytest
 from rlinf.core.errors import ConfigError
 from rlinf.launch.algorithm_config import PpoConfig
 from rlinf.launch.cluster_config import ClusterConfig, node_groups_of, resolve_backend
-from rlinf.launch.config import Root, check_plan, updates_per_step
+from rlinf.launch.config import Root, updates_per_step
 from rlinf.launch.parse import load_config
 from rlinf.runtime.placement import Node, NodeGroup, make_plan
 
@@ -732,17 +732,6 @@ def test_what_the_local_backend_does_not_do_is_an_error_once_the_nodes_are_known
         "cluster.backend: local runs one process of each role on one machine and accelerator 0, but "
         f"{reason}; write ray or auto"
     )
-
-
-def test_batches_are_shared_by_the_processes_that_the_nodes_turn_out_to_have(folder: Path) -> None:
-    root = load(folder, "cluster.component_placement='actor,env,rollout: all'")
-    check_plan(root, make_plan(root.cluster.component_placement, [Node(0)]))
-    with pytest.raises(ConfigError) as caught:
-        check_plan(root, make_plan(root.cluster.component_placement, [Node(0, num_accelerators=3)]))
-    assert str(caught.value).splitlines() == [
-        "actor.global_batch_size (256) cannot be shared evenly by the 3 processes of actor; write 255 or 258",
-        "env.train.total_num_envs (4) is not a multiple of the 3 processes of env; write 3 or 6",
-    ]
 
 
 @pytest.mark.parametrize(

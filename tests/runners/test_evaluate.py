@@ -1,8 +1,19 @@
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from rlinf.runners.schedule import Schedule
 from rlinf.runtime.local import Weights
-from tests.fakes import CountingActor, CountingEnv, RecordingReporter, build_evaluator
+from tests.fakes import (
+    CountingActor,
+    CountingAlgorithm,
+    CountingEnv,
+    RecordingReporter,
+    build_crew,
+    build_evaluator,
+    slow,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,3 +35,27 @@ def test_an_evaluation_without_a_film_records_nothing():
     assert reporter.videos == {}
     evaluator.run(reporter, 2)
     assert list(reporter.videos) == ["eval_step_000002"]
+
+
+def make_a_second_three_hours(monkeypatch):
+    """For whoever waits for a call from now on."""
+    fast = SimpleNamespace(monotonic=lambda: 10_800 * time.monotonic(), perf_counter=time.perf_counter)
+    monkeypatch.setattr("rlinf.runtime.local.time", fast)
+
+
+def test_an_evaluation_may_take_hours(monkeypatch):
+    env = CountingEnv(1, before_step=slow(0.3))
+    evaluator = build_evaluator([[env]], CountingActor(), Weights(), episodes_per_env=1, chunks=4, seed=0)
+    evaluating = evaluator.start(1)
+    make_a_second_three_hours(monkeypatch)
+    assert evaluating.finish(RecordingReporter())["eval/num_episodes"] == 1
+    assert evaluator.close() == []
+
+
+def test_a_collection_may_take_hours(monkeypatch):
+    crew = build_crew([[CountingEnv(1, before_step=slow(0.3))]], [CountingActor()], CountingAlgorithm())
+    crew.publish()
+    played = crew.collect(chunks=2, segments=1)
+    make_a_second_three_hours(monkeypatch)
+    assert played.wait()["num_episodes"] == 1
+    assert crew.close() == []

@@ -217,10 +217,19 @@ def pair(on_ray):
 def test_a_process_has_its_own_environment(ray_machine):
     from rlinf.runtime.ray_backend import RayRuntime, Seat
 
-    seats = [Seat(f"process {i}", ray_machine.node_id, "127.0.0.1", env_vars={"WHO": f"number {i}"}) for i in range(2)]
+    assert ray_machine.num_gpus == 4
+    seats = [
+        Seat(
+            f"process {i}", ray_machine.node_id, "127.0.0.1", devices=devices,
+            env_vars={"WHO": f"number {i}", "CUDA_VISIBLE_DEVICES": "4,5,6,7"},
+        )
+        for i, devices in enumerate([(2,), (1, 3)])
+    ]  # fmt: skip
     runtime = RayRuntime(seats)
     group = runtime.group("worker", [dict, dict], [0, 1])
     assert group.run(lambda worker: os.environ["WHO"]).wait(20) == ["number 0", "number 1"]
+    seen = group.run(lambda worker: os.environ["CUDA_VISIBLE_DEVICES"]).wait(20)
+    assert seen == ["6", "5,7"], "the accelerators of the placement, of four that are not there"
     assert group.run(lambda worker: os.nice(0)).wait(20) == [os.nice(0)] * 2, "Ray's default is 15 more"
     assert group.run(lambda worker: os.environ["GLOO_SOCKET_IFNAME"]).wait(20) == ["lo", "lo"], "as its address"
     own, other = group.run(lambda worker: os.getpid()).wait(20)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlinf.core.errors import WorkerDied, first_line
-from rlinf.runtime.cluster import joined, show_token
+from rlinf.runtime.cluster import Machine, joined, show_token
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +93,23 @@ def test_a_cluster_that_refuses_without_a_word_is_one_line(monkeypatch):
 )
 def test_an_error_in_a_line(text, line):
     assert first_line(OSError(text)) == line
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"), [(["b", "a", "b"], False), (["a", "a"], False), (["h", "a", "b", "b"], True)]
+)
+def test_machines_that_are_numbered_by_name_need_different_names(monkeypatch, names, refused):
+    ray = pytest.importorskip("ray")
+    head, *others = [Machine(f"id {i}", name, f"10.0.0.{i}", 1, 0) for i, name in enumerate(names)]
+    there = [head, *sorted(others, key=lambda machine: machine.name)]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr("rlinf.runtime.cluster.alive", lambda: there)
+    if not refused:
+        with joined(len(names)) as machines:
+            assert machines == there
+        return
+    with pytest.raises(WorkerDied, match=r"two machines are called 'b' \(10\.0\.0\.2 and 10\.0\.0\.3\)"), joined(4):
+        pass
 
 
 MISSING_AND_LATE = """

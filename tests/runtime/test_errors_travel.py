@@ -1,7 +1,10 @@
 """An exception arrives in another process as what it was, or at least as what it said."""
 
+import runpy
 import sys
 import threading
+from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +13,13 @@ pytest.importorskip("ray")
 
 from ray.exceptions import GetTimeoutError, OutOfMemoryError
 
-from rlinf.core.errors import ConfigError, ProcessDied, WorkerDied
+from rlinf.core.errors import ConfigError, MissingDependency, ProcessDied, WorkerDied, raised_in
 from rlinf.runtime import ray_process
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, ChannelClosed
-from rlinf.runtime.ray_process import HostedWeights, interface_of, pack_error, unpack_error, visible_devices
+from rlinf.runtime.ray_backend import _RemoteReplica
+from rlinf.runtime.ray_process import HostedWeights, Outcome, interface_of, pack_error, unpack_error, visible_devices
+
+TRAIN = Path(__file__).resolve().parents[2] / "examples/embodiment/train.py"
 
 
 class WithOtherArguments(ConfigError):
@@ -74,6 +80,33 @@ def test_devices_are_counted_among_the_visible_ones(visible, devices, expected):
 def test_an_interface_is_known_by_its_address():
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.7") is None, "of nobody: kept for documents"
+
+
+class Somewhere:
+    """What a replica needs of a runtime."""
+
+    def new_number(self):
+        return 0
+
+    def describe(self, host):
+        return f"'env 0' (process 7 on robot, 10.0.0.{host})"
+
+
+def test_an_error_of_another_process_is_printed_with_its_place(monkeypatch, capsys):
+    ended, answer = Future(), Future()
+    ended.set_result(Outcome(error=pack_error(MissingDependency("no mujoco: pip install mujoco")), trace="Traceback"))
+    _RemoteReplica(Somewhere(), "EnvGroup[0]", 2)._take(ended, answer)
+    place = "in EnvGroup[0], 'env 0' (process 7 on robot, 10.0.0.2)"
+    assert raised_in(answer.exception()) == place
+    assert raised_in(MissingDependency("of this process")) == ""
+
+    monkeypatch.setattr("rlinf.launch.parse.load_config", lambda *words: None)
+    monkeypatch.setattr("rlinf.launch.run.train", lambda config: answer.result())
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-name", "any"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(TRAIN), run_name="__main__")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"error: no mujoco: pip install mujoco\n  {place}\n"
 
 
 class Peer:

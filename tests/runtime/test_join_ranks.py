@@ -2,11 +2,12 @@
 
 import socket
 import time
+from datetime import timedelta
 
 import pytest
 
 from rlinf.core.errors import WorkerDied
-from rlinf.runtime.ranks import join_ranks
+from rlinf.runtime.ranks import _store, join_ranks
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path):
@@ -22,6 +23,19 @@ def test_an_address_where_rank_0_is_not_is_named():
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(WorkerDied, match=rf"rank 1 of 2 could not reach {address} within 1 s .*is rank 0 running"):
             join_ranks(1, 2, address, join_timeout_s=1)
+
+
+def test_ranks_meet_on_their_address_alone_and_say_when_they_cannot():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    store = _store(0, 2, f"127.0.0.1:{port}", timedelta(seconds=5))
+    store.set("key", "value")
+    assert _store(1, 2, f"127.0.0.1:{port}", timedelta(seconds=5)).get("key") == b"value"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), 5)
+    said = rf"rank 0 of 2 cannot listen at 127\.0\.0\.1:{port} \(Address already in use .*\): start the run again"
+    with pytest.raises(WorkerDied, match=said):
+        join_ranks(0, 2, f"127.0.0.1:{port}", join_timeout_s=1)
 
 
 def test_an_address_without_a_port_is_refused():

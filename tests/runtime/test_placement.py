@@ -140,6 +140,7 @@ def test_spans_survive_being_written(data: st.DataObject) -> None:
         {"actor,env,rollout": "all", "env": "0-3", "rollout": "4-7", "actor": "8-15"},
         {"env": "0-3", "env, actor , rollout": 0, "rollout": "4-7", "actor": "8-15"},
         {"env": {"placement": "0-3"}, "rollout": {"placement": "4-7", "node_group": "cluster"}, "actor": "8-15"},
+        {"actor,rollout": 0, "env": "0-3", "rollout,actor": "4-7", "actor": "8-15"},
     ],
 )
 def test_one_meaning_in_several_forms(placement: object) -> None:
@@ -259,6 +260,11 @@ def test_processes_get_what_their_group_sets_up_on_their_node() -> None:
         ("8-15", [8], "8-15 needs accelerator 15, but the 1 node has 8; stay below 8 or raise cluster.num_nodes"),
         ("16", [8, 8], "16 needs accelerator 16, but the 2 nodes have 16; stay below 16 or raise cluster.num_nodes"),
         (1, [1], "1 needs accelerator 1, but the 1 node has 1; write 0 or raise cluster.num_nodes"),
+        (180, [8], "180 needs accelerator 180, but the 1 node has 8; stay below 8 or raise cluster.num_nodes (without "
+         "quotes, YAML reads 3:0 as 180)"),
+        ("0-180", [8], "0-180 needs accelerator 180, but the 1 node has 8; stay below 8 or raise cluster.num_nodes"),
+        ("0-199999", [8], "0-199999 needs accelerator 199999, but the 1 node has 8; stay below 8 or raise "
+         "cluster.num_nodes"),
         ("0-1", [0], "0-1 needs node 1, but there is 1 node and no accelerator; write 0 or raise cluster.num_nodes"),
         ("0-2", [0, 0], "0-2 needs node 2, but there are 2 nodes and no accelerator; stay below 2 or raise "
          "cluster.num_nodes"),

@@ -363,6 +363,10 @@ class RealWorldConfig(EnvConfig):
         """Whether steps begin by the clock."""
         return self.pace == "realtime" or (self.pace == "auto" and not self.is_simulated())
 
+    def longest_wait_s(self) -> float:
+        """So long a step may wait for a person, and then for the robot, before it gives up."""
+        return self.override_cfg.stop_wait_s + self.override_cfg.robot_wait_s
+
     def describe(self) -> str:
         """One line that says what is moved."""
         cfg = self.override_cfg

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rlinf.launch.cluster_config import node_groups_of, reason_for_ray, resolve_backend
-from rlinf.launch.config import Root, check_plan
+from rlinf.launch.config import Root
 from rlinf.launch.machine import this_node
 from rlinf.launch.parse import load_config
+from rlinf.launch.plan_check import check_plan
 from rlinf.runtime.placement import Node, Plan, Process, make_plan
 from rlinf.runtime.placement_text import format_ranks
 from rlinf.runtime.routes import Routes
