@@ -6,6 +6,7 @@ With `--may-skip REASON`, a test that is skipped for any other reason fails.
 from __future__ import annotations
 
 import ctypes.util
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,11 @@ RAY_FILES = (
     "runtime/test_backends.py",
     "launch/test_processes.py",
     "envs/test_egl_devices.py",
+    "launch/test_cell_run.py",
 )
-"""They wait more than they work. Their group shares one cluster and its processes."""
+"""They wait more than they work. They share one cluster and its processes."""
+CONTRACT_FILES = ("contracts/test_envs.py",)
+"""They share the environments, which take long to make."""
 RANKS_FILES = (
     "algorithms/test_fsdp.py",
     "launch/test_build_ranks.py",
@@ -39,12 +43,21 @@ RANKS_FILES = (
     "algorithms/test_ranks.py",
     "workers/test_learner_ranks.py",
 )
-"""Their group shares the process that their ranks are forked from (`ranks.py`)."""
+"""They share the process that their ranks are forked from (`ranks.py`)."""
 MANISKILL_FILES = ("envs/test_maniskill.py", "envs/test_maniskill_twin.py", "envs/test_maniskill_fast.py")
-"""Their group shares ManiSkill, which takes seconds to be imported."""
+"""They share ManiSkill, which takes seconds to be imported."""
+GROUPS = {
+    "ray": RAY_FILES,
+    "contracts": CONTRACT_FILES,
+    "ranks": RANKS_FILES,
+    "maniskill": MANISKILL_FILES,
+    "machines": ("runtime/test_cluster.py",),
+    "house": ("test_house.py",),
+}
+"""Files whose tests run in one process (`--dist loadgroup`), with what they share."""
 LONGEST_FIRST = (
     *RAY_FILES,
-    "contracts/test_envs.py",
+    *CONTRACT_FILES,
     "benchmarks/test_benchmarks.py",
     "learning/test_policies_learn.py",
     "test_fresh_clone.py",
@@ -61,8 +74,18 @@ LONGEST_FIRST = (
     "examples/test_tutorial.py",
     "test_conftest.py",
     "runners/test_interrupt.py",
+    "test_house.py",
 )
 """Files that take long begin early, so that at the end of a run no process is left alone with one."""
+
+
+@pytest.fixture
+def fewer_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing curves would take more time than training does in tests."""
+    from rlinf.metrics.report import LearningCurve
+
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(LearningCurve, "_draw", lambda self: None)
 
 
 @pytest.fixture(scope="session")
@@ -110,11 +133,45 @@ def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
     local.close()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What the test files import stays until the end: looking through it for garbage takes a quarter of the time that
+    importing takes, and again each time that an environment is closed.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first. What has a group stays in one process (`--dist loadgroup`), with what it shares."""
+    """The longest files first."""
     ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
     names = {item: item.path.relative_to(TESTS).as_posix() for item in items if item.path.is_relative_to(TESTS)}
     items.sort(key=lambda item: ranks.get(names.get(item, ""), len(ranks)))
+
+
+def group_of(nodeid: str) -> str:
+    """The group of a test's file; a test of no group is one by itself."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return next((name for name, files in GROUPS.items() if file in files), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups by file: since pytest 9.2, xdist 3.8 does not see its own marks and scatters what belongs together."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,7 @@
 """The rules of the house: layers, names, described configuration, documents that speak the truth."""
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -60,10 +61,17 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """All of a file's syntax tree. Reading it takes longer than what any rule does with it."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imported_modules(path: Path) -> list[str]:
     """Absolute names of everything that a file imports, inside functions and type-checking blocks too."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -167,7 +175,7 @@ def functions() -> list[tuple[str, ast.FunctionDef]]:
     return [
         (f"{name(path)}: {node.name}", node)
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.FunctionDef)
     ]
 

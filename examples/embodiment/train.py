@@ -6,6 +6,7 @@ python examples/embodiment/train.py --config-name maniskill_sac_flow_state [key=
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -20,11 +21,15 @@ def main() -> NoReturn:
     parser.add_argument("--config-path", default=Path(__file__).parent / "config", help="folder of the YAML files")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what is different in this run")
     arguments = parser.parse_intermixed_args()
-    # Late, so that a mistyped option is answered at once.
+    # Late, so that a mistyped option is answered at once. What is imported stays until the end: to look through it for
+    # garbage takes a third of the start, and later a fifth of a second whenever everything is looked through.
+    gc.disable()
     from rlinf.launch.parse import load_config
     from rlinf.launch.run import train
     from rlinf.runtime.local import leave
 
+    gc.freeze()
+    gc.enable()
     try:
         code = train(load_config(arguments.config_name, arguments.overrides, arguments.config_path))
     except RlinfError as problem:

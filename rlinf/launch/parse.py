@@ -77,12 +77,17 @@ def load_as(
     parsed = _parse_overrides(overrides)
     profile, parsed = _take_profile(parsed, name, directory, has_gpu or _cuda_is_available)
     arguments = _profile_choices(name, directory, profile) + [_for_hydra(item, directory) for item in parsed]
-    tree, sources = _compose(name, directory, arguments)
+    tree = _compose(name, directory, arguments)
     if profile is not None:
         tree["profile"] = profile
-    for item in parsed:
-        if not item.is_delete() and not _is_group(item, directory):
-            sources.add_override(_our_key(item), item.value(), item.input_line or "")
+
+    def sources() -> SourceMap:
+        found = _sources(name, directory, arguments)
+        for item in parsed:
+            if not item.is_delete() and not _is_group(item, directory):
+                found.add_override(_our_key(item), item.value(), item.input_line or "")
+        return found
+
     return _validate(schema, name, tree, sources, {_our_key(item) for item in parsed})
 
 
@@ -131,18 +136,12 @@ def _for_hydra(item: Override, directory: Path) -> str:
     return f"++{_our_key(item)}={text.partition('=')[2]}"
 
 
-def _compose(name: str, directory: Path, arguments: list[str]) -> tuple[dict[str, Any], SourceMap]:
-    """The merged and interpolated tree, and where every value was written."""
+def _compose(name: str, directory: Path, arguments: list[str]) -> dict[str, Any]:
+    """The merged and interpolated tree."""
     GlobalHydra.instance().clear()
-    sources = SourceMap()
     try:
         with initialize_config_dir(str(directory), version_base="1.3"):
             merged = compose(name, overrides=arguments)
-            loader = GlobalHydra.instance().config_loader()
-            for entry in loader.compute_defaults_list(name, arguments, RunMode.RUN).defaults:
-                path = directory / f"{entry.config_path}.yaml"
-                if path.is_file():
-                    sources.add_file(path, f"{entry.config_path}.yaml", (entry.package or "").removeprefix("_global_"))
         tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (
         HydraException,
@@ -151,7 +150,20 @@ def _compose(name: str, directory: Path, arguments: list[str]) -> tuple[dict[str
         ValueError,
     ) as problem:  # ValueError: Hydra's grammar
         raise ConfigError(f"configuration {name!r}: {_one_line(problem, directory)}") from None
-    return typing.cast(dict[str, Any], tree), sources
+    return typing.cast(dict[str, Any], tree)
+
+
+def _sources(name: str, directory: Path, arguments: list[str]) -> SourceMap:
+    """Where every value of what `_compose` made of this was written. To find out takes as long as composing does."""
+    GlobalHydra.instance().clear()
+    sources = SourceMap()
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        for entry in loader.compute_defaults_list(name, arguments, RunMode.RUN).defaults:
+            path = directory / f"{entry.config_path}.yaml"
+            if path.is_file():
+                sources.add_file(path, f"{entry.config_path}.yaml", (entry.package or "").removeprefix("_global_"))
+    return sources
 
 
 def _read_yaml(name: str, directory: Path) -> dict[str, Any]:
@@ -235,7 +247,9 @@ class _Problem:
     text: str
 
 
-def _validate(schema: type[Schema], name: str, tree: dict[str, Any], sources: SourceMap, typed: set[str]) -> Schema:
+def _validate(
+    schema: type[Schema], name: str, tree: dict[str, Any], sources: Callable[[], SourceMap], typed: set[str]
+) -> Schema:
     spelt, conflicts = apply_aliases(tree, typed)
     if isinstance(tree.get("algorithm"), dict):
         tree["algorithm"].setdefault("loss_type", "embodied_sac")
@@ -246,13 +260,13 @@ def _validate(schema: type[Schema], name: str, tree: dict[str, Any], sources: So
         problems += _joined(_explain(failure, tree, spelt, schema))
     if not problems:
         return root
-    lines, seen = [], set()
+    lines, seen, written_at = [], set(), sources()
     for problem in problems:
         if problem in seen:
             continue
         seen.add(problem)
         written = spelt.get(problem.path, problem.path)
-        source = sources.find(written)
+        source = written_at.find(written)
         lines.append(f"  {problem.text}" + (f"   [{source}]" if source else ""))
     count = f"{len(lines)} problem" + ("s" if len(lines) > 1 else "")
     raise ConfigError("\n".join([f"configuration {name!r} has {count}:", *lines]))

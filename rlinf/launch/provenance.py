@@ -118,8 +118,10 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the installed packages that can change results."""
-    installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    known = {package: installed[package] for package in PACKAGES if package in installed}
+    known = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[package] = importlib.metadata.version(package)
     return {"python": platform.python_version(), "rlinf": rlinf.__version__, **known}
 
 

@@ -34,18 +34,18 @@ class LearningCurve:
         self._run_dir = run_dir
         self._cost_s = 0.0
         self._drawn_at_s = -float("inf")
-        self._logged = False
+        self._is_new = False  # what was logged since it was drawn
 
     def log(self, step: int, metrics: Mapping[str, float], elapsed_s: float) -> None:
         """Redraw if `step` was evaluated, unless drawing would take a twentieth of the run's time."""
-        self._logged = True
+        self._is_new = True
         due = time.monotonic() - self._drawn_at_s > self._cost_s / CURVE_SHARE
         if due and any(tag.startswith("eval/") for tag in metrics):
             self._draw()
 
     def close(self) -> None:
-        """Draw the final curve."""
-        if self._logged:
+        """Draw the final curve, if that was not the last thing that happened."""
+        if self._is_new:
             self._draw()
 
     def _draw(self) -> None:
@@ -53,6 +53,7 @@ class LearningCurve:
 
         began_s = time.monotonic()
         plot_runs([self._run_dir], self._run_dir / "learning_curve.png")
+        self._is_new = False
         self._drawn_at_s = time.monotonic()
         self._cost_s = self._drawn_at_s - began_s
 

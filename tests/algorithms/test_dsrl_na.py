@@ -14,8 +14,6 @@ from tests.algorithms.test_dsrl import CHUNK, A, decoder_of, learner_of, segment
 from tests.algorithms.test_fsdp import shares
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 class Constant:
     """π^W that always chooses 0.3, with log-probability −2."""

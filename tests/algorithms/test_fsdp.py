@@ -26,8 +26,6 @@ from tests.algorithms.learners import (
 from tests.algorithms.vla_learner import run_vla
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 def shares(ranks, **settings):
     return FullySharded(ranks, "cpu", **settings)

@@ -12,8 +12,6 @@ from rlinf.core.ranks import ONE_RANK
 from tests.algorithms.learners import ENVS, STEPS, learn, make_ppo, make_sac, played, run_ppo, run_sac, segments
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 def run_saved_sac(ranks):
     """How many states the running statistics of a checkpoint cover that is written right after `observe`."""

@@ -396,9 +396,9 @@ def test_replay_prints_its_tables(output_here):
     assert "stable_baselines3" in output_here("replay.py", "--quick")
 
 
-def test_a_run_over_processes_ends_cleanly():
+def test_a_run_over_processes_ends_cleanly(output_here):
     pytest.importorskip("ray")
-    assert "ray     1 of 1 clean" in output_of("clean_ends.py", "--backends", "ray")
+    assert "ray     1 of 1 clean" in output_here("clean_ends.py", "--quick", "--backends", "ray")
 
 
 def test_a_run_that_does_not_end_in_time_is_told_with_what_it_left(monkeypatch):

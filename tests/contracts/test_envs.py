@@ -20,8 +20,6 @@ from rlinf.envs.maniskill import vulkan
 from rlinf.envs.maniskill.config import CONTROL_MODES, TWIN_TASK, ManiSkillConfig
 from rlinf.envs.realworld.config import RealWorldConfig
 
-pytestmark = pytest.mark.xdist_group("contracts")
-
 N, LIMIT = 3, 4
 VISION = "PandaPickCubeVision-v0"
 

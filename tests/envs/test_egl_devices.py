@@ -10,8 +10,6 @@ import pytest
 from rlinf.envs import egl_devices
 from rlinf.envs.egl_devices import CHOICE, EGL_CUDA_DEVICE_NV, choose_device, cuda_numbers, own_gpu
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 ORDER = [None, 2, 0, 3, 1]
 """CUDA's numbers of EGL's devices on a machine with four GPUs and a software device, as drivers do number them."""
 

@@ -16,7 +16,7 @@ from rlinf.envs.maniskill.env import make, split_evenly
 from rlinf.envs.maniskill.expert import PickCubeExpert, StackCubeExpert
 from rlinf.envs.maniskill.novulkan import no_visuals
 
-pytestmark = [pytest.mark.sim, pytest.mark.xdist_group("maniskill")]
+pytestmark = pytest.mark.sim
 
 can_render = pytest.mark.skipif(vulkan.find_icd() is None, reason="no Vulkan driver")
 

@@ -9,7 +9,7 @@ from rlinf.envs.maniskill.expert import PickCubeExpert
 from rlinf.envs.maniskill.fast import FastScene, why_not_fast
 from rlinf.envs.maniskill.scene import ManiSkillScene, SceneSpec
 
-pytestmark = [pytest.mark.sim, pytest.mark.xdist_group("maniskill")]
+pytestmark = pytest.mark.sim
 
 GRASPED, ARM_AND_GRIP = 18, 8
 

@@ -31,7 +31,7 @@ from rlinf.launch.record import with_full_state
 from rlinf.launch.record_lerobot import TASK_TEXTS
 from rlinf.launch.registry import EXPERTS, lookup
 
-pytestmark = [pytest.mark.sim, pytest.mark.xdist_group("maniskill")]
+pytestmark = pytest.mark.sim
 
 can_render = pytest.mark.skipif(vulkan.find_icd() is None, reason="no Vulkan driver")
 

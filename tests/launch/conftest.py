@@ -73,6 +73,11 @@ def make(
     return ReplayedEnv(worlds, episode_rules(config), seed=seed)
 
 
+@pytest.fixture(autouse=True)
+def without_curves(fewer_pictures: None) -> None:
+    """Of the runs here; one whose name has `picture` draws them."""
+
+
 @pytest.fixture
 def fake_maniskill(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipes' environment without its simulator."""

@@ -17,8 +17,6 @@ from rlinf.launch.parse import load_config
 from tests.launch.conftest import CONFIG_DIR
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 SPACES = EnvSpaces({"state": (3,)}, {"state": "float32"}, action_dim=2)
 
 

@@ -25,17 +25,9 @@ from rlinf.launch.machine import Neighbours
 from rlinf.launch.parse import load_config
 from rlinf.launch.play import play_run
 from rlinf.launch.run import evaluate_run, run_directory, train
-from rlinf.metrics import report
 from rlinf.runners.checkpoint import find
 from rlinf.workers.state_files import load_state, load_weights
 from tests.launch.conftest import CONFIG_DIR
-
-
-@pytest.fixture(autouse=True)
-def fewer_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing curves would take more time than training here."""
-    if "picture" not in request.node.name:
-        monkeypatch.setattr(report.LearningCurve, "_draw", lambda self: None)
 
 
 def load(folder: Path, *overrides: str) -> Root:

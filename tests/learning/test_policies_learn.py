@@ -11,13 +11,17 @@ import pytest
 from rlinf.launch.parse import load_config
 from rlinf.launch.run import run_directory, train
 
+pytestmark = pytest.mark.usefixtures("fewer_pictures")
+
+SHORTER = "runner.max_epochs=14"
+"""Enough for these, on seeds 0 and 1 with some epochs to spare."""
 POLICIES = {
-    "gaussian": ["reach_sac_mlp"],
-    "flow transformer": ["reach_sac_flow"],
+    "gaussian": ["reach_sac_mlp", SHORTER],
+    "flow transformer": ["reach_sac_flow", SHORTER],
     "flow transformer, learned noise": ["reach_sac_flow", "actor.model.flow_actor_type=FlowTActor"],
     "gated flow": ["reach_sac_flow", "actor.model.flow_actor_type=FlowGActor"],
-    "flow with drift correction": ["reach_sac_flow", "actor.model.drift_correction=True"],
-    "gaussian by PPO": ["reach_ppo_mlp"],
+    "flow with drift correction": ["reach_sac_flow", "actor.model.drift_correction=True", SHORTER],
+    "gaussian by PPO": ["reach_ppo_mlp", SHORTER],
 }
 
 

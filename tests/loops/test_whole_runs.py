@@ -31,8 +31,6 @@ from tests.fakes import (
     slow,
 )
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 TOGETHER = Layout()
 # Each role in a process of its own; and two environments, of which one shares a process with its policy.
 APART = Layout((0,), (1,), (2,))

@@ -128,3 +128,12 @@ def test_learning_curve_is_not_redrawn_when_drawing_is_dear(tmp_path, monkeypatc
     assert len(drawn) == 1
     curve.close()
     assert len(drawn) == 2
+
+
+def test_a_final_learning_curve_that_is_drawn_is_not_drawn_again(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("rlinf.metrics.plot.plot_runs", lambda *_: drawn.append(1))
+    curve = report.LearningCurve(tmp_path)
+    curve.log(1, {"eval/return": 1.0}, 0.0)
+    curve.close()
+    assert len(drawn) == 1

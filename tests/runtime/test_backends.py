@@ -14,8 +14,6 @@ import torch
 from rlinf.core.errors import ProcessDied, RlinfError, WorkerDied
 from rlinf.core.types import ActionOut
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 NUMBERS = itertools.count()
 
 

@@ -32,15 +32,19 @@ def add():
 """
 
 
-def run(script: str) -> dict:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[dict, Path]:
+    """What one cluster says, which a machine joins and leaves, and the folder of the checkpoints of its run."""
     pytest.importorskip("ray")
+    folder = tmp_path_factory.mktemp("checkpoints")
+    script = f"DIRECTORY = {str(folder)!r}" + MISSING_AND_LATE + A_MACHINE_LEAVES
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + script + "\nprint('SAID', json.dumps(said), flush=True)\nos._exit(0)"],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     [line] = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
-    return json.loads(line.removeprefix("SAID "))
+    return json.loads(line.removeprefix("SAID ")), folder
 
 
 @pytest.mark.parametrize(
@@ -121,26 +125,26 @@ try:
         pass
 except WorkerDied as error:
     said["missing"] = str(error)
-said["notes"] = len(notes), notes[0]
+said["waited"] = len(notes), notes[0]
 def wait():
     with joined(2, timeout_s=60) as machines:
         said["machines"] = [(m.name, m.num_cpus, m.resources.get("arm", 0), m.labels.get("role")) for m in machines]
 waiting = threading.Thread(target=wait)
 waiting.start()
 time.sleep(1)
-add()
+node = add()
 waiting.join()
 """
 
 
-def test_machines_that_are_missing_are_counted_and_late_ones_awaited():
-    said = run(MISSING_AND_LATE)
+def test_machines_that_are_missing_are_counted_and_late_ones_awaited(run):
+    said, _ = run
     assert said["missing"] == (
         "1 of 2 machines are there (server) after 1.5 s; start the others with: "
         "bash examples/embodiment/ray_up.sh worker HEAD_ADDRESS, or lower cluster.num_nodes"
     )
-    assert said["notes"][0] >= 1
-    assert said["notes"][1] == "waiting for machines: 1 of 2 machines are there (server)"
+    assert said["waited"][0] >= 1
+    assert said["waited"][1] == "waiting for machines: 1 of 2 machines are there (server)"
     assert said["machines"] == [["server", 1, 0, None], ["robot", 1, 1.0, "robot"]]
 
 
@@ -151,7 +155,6 @@ from rlinf.runners.schedule import Schedule
 from rlinf.runners.synchronous import run_sync
 from rlinf.runtime.ray_backend import RayRuntime, Seat
 from tests.fakes import CountingActor, CountingAlgorithm, CountingEnv, RecordingReporter, build_crew_on, slow
-node = add()
 with joined(2, timeout_s=60) as machines:
     server, robot = machines
     runtime = RayRuntime([
@@ -176,11 +179,11 @@ with joined(2, timeout_s=60) as machines:
 """
 
 
-def test_a_machine_that_leaves_ends_the_run_by_name_with_what_was_learned(tmp_path):
-    said = run(f"DIRECTORY = {str(tmp_path)!r}" + A_MACHINE_LEAVES)
+def test_a_machine_that_leaves_ends_the_run_by_name_with_what_was_learned(run):
+    said, folder = run
     assert said["where"]
     assert said["error"] == "machine 'robot' (127.0.0.1) has left the run; 'env' was on it"
     assert any("runner.resume_dir=" in note for note in said["notes"])
     from rlinf.runners.checkpoint import find, verify
 
-    assert verify(find(tmp_path)).progress.env_steps >= 100
+    assert verify(find(folder)).progress.env_steps >= 100

@@ -22,8 +22,6 @@ from rlinf.workers.state_files import load_state
 from tests.algorithms.learners import ENVS, STEPS, LayeredActorCritic, make_ppo, played
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 def shares(ranks):
     return FullySharded(ranks, "cpu")

@@ -23,8 +23,6 @@ from rlinf.workers.state_files import load_state
 from tests.data.counting import CountingSource, add, stored
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 class Estimator:
     """Learns the mean of the states that all ranks have seen."""
