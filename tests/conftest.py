@@ -44,7 +44,12 @@ RANKS_FILES = (
     "workers/test_learner_ranks.py",
 )
 """They share the process that their ranks are forked from (`ranks.py`)."""
-MANISKILL_FILES = ("envs/test_maniskill.py", "envs/test_maniskill_twin.py", "envs/test_maniskill_fast.py")
+MANISKILL_FILES = (
+    "envs/test_maniskill.py",
+    "envs/test_maniskill_twin.py",
+    "envs/test_maniskill_fast.py",
+    "benchmarks/test_benchmark_co_training.py",
+)
 """They share ManiSkill, which takes seconds to be imported."""
 GROUPS = {
     "ray": RAY_FILES,
