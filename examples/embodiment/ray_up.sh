@@ -3,6 +3,7 @@
 #     bash examples/embodiment/ray_up.sh head   [--name N] [--address IP] [--label KEY=VALUE]... [--resource NAME=COUNT]...
 #     bash examples/embodiment/ray_up.sh worker HEAD_IP[:PORT] [the same options]
 #     bash examples/embodiment/ray_up.sh down
+# --resource Franka=1 says that a robot is on this machine: one run of the cluster at a time then gets it.
 # --address is the address under which the other machines reach this one, where it has several. All machines need the
 # same token, which the head makes: the file that it names. Ray listens on all interfaces and answers who has the token.
 set -euo pipefail
@@ -13,7 +14,7 @@ die() {
     exit 2
 }
 
-usage() { sed -n '3,5p' "${BASH_SOURCE[0]}" | sed 's/^# *//'; }
+usage() { sed -n '3,6p' "${BASH_SOURCE[0]}" | sed 's/^# *//'; }
 for word in "$@"; do
     case $word in -h | --help) usage && exit 0 ;; esac
 done

@@ -84,3 +84,7 @@ class EnvConfig(Config):
                 f"total_num_envs ({self.total_num_envs}) must be a multiple of group_size ({self.group_size})"
             )
         return self
+
+    def plays_a_list(self) -> bool:
+        """Whether the environments share a list of initial states: any number of them plays each state once."""
+        return False

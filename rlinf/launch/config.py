@@ -366,6 +366,14 @@ def _demo_problems(root: Root, learners: int) -> Iterator[tuple[str, str]]:
 
 def _env_share_problems(section: str, env: EnvConfig, processes: int, stages: int) -> Iterator[tuple[str, str]]:
     total, parts = env.total_num_envs, processes * stages
+    if env.plays_a_list():
+        if total < parts:
+            yield (
+                f"{section}.total_num_envs",
+                f"{section}.total_num_envs ({total}) is fewer than the {processes} processes of env; write {parts} or "
+                "more, at most as many as there are initial states",
+            )
+        return
     factors = [f"the {processes} processes of env"] * (processes > 1)
     factors += [f"rollout.pipeline_stage_num ({stages})"] * (stages > 1)
     if total % parts:

@@ -40,7 +40,15 @@ from rlinf.runners.checkpoint import load_policy
 from rlinf.runners.crew import Crew
 from rlinf.runners.evaluate import Evaluator
 from rlinf.runtime.interface import Runtime
-from rlinf.runtime.local import CHANNEL_TIMEOUT_S, STOP_TIMEOUT_S, Channel, Flag, Group, Weights
+from rlinf.runtime.local import (
+    CHANNEL_TIMEOUT_S,
+    LEARNER_STOP_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    Channel,
+    Flag,
+    Group,
+    Weights,
+)
 from rlinf.runtime.ranks import join_ranks
 from rlinf.workers.env_worker import EnvWorker, Source
 from rlinf.workers.learner_worker import LearnerWorker
@@ -139,7 +147,9 @@ def build_crew(
             for rank in range(len(layout.learner))
         ]
         # The learner first: what is wrong with its checkpoint or demonstrations should be said first.
-        learner: Group[LearnerWorker] = group(config.actor.group_name, learners, layout.learner)
+        learner: Group[LearnerWorker] = group(
+            config.actor.group_name, learners, layout.learner, stop_timeout_s=LEARNER_STOP_TIMEOUT_S
+        )
         rollout: Group[RolloutWorker] = group(config.rollout.group_name, rollouts, layout.rollout)
     except BaseException:
         close_envs(env)
@@ -352,14 +362,14 @@ def _make_stages(
     config: Root, env: EnvConfig, rank: int, ranks: int, seed: int, stages: int, *, render: bool, cores: int
 ) -> list[VectorEnv]:
     made: list[VectorEnv] = []
-    num_envs = env.total_num_envs // (ranks * stages)
     try:
         for stage in range(stages):
-            made.append(  # noqa: PERF401  what was made must be known when the next one fails
+            rows = _rows(rank * stages + stage, ranks * stages, env.total_num_envs)
+            made.append(
                 make_env(
                     env,
-                    num_envs=num_envs,
-                    first_row=(rank * stages + stage) * num_envs,
+                    num_envs=len(rows),
+                    first_row=rows.start,
                     seed=derive_seed(seed, f"stage/{stage}"),
                     policy_setup=config.actor.model.policy_setup,
                     render=render,
@@ -371,6 +381,11 @@ def _make_stages(
             other.close()
         raise
     return made
+
+
+def _rows(part: int, parts: int, total: int) -> range:
+    """The environments of one part of `parts`; only where a list of initial states is played they may differ by one."""
+    return range(part * total // parts, (part + 1) * total // parts)
 
 
 def _give_up_at(stop: Flag, envs: Sequence[VectorEnv]) -> None:

@@ -125,10 +125,15 @@ def num_cores() -> int:
 
 
 def num_simulator_processes(env: EnvConfig, num_envs: int, cores: int | None = None) -> int:
-    """`num_workers` with auto resolved: the most that share `num_envs` evenly, at most one per core (None: all)."""
+    """`num_workers` with auto resolved: the most that share `num_envs` evenly, at most one per core (None: all).
+
+    Evenly or not, where the environments play a list of initial states: their numbers may be odd then.
+    """
     if env.num_workers != "auto":
         return env.num_workers
     most = min(cores or num_cores(), num_envs)
+    if env.plays_a_list():
+        return most
     return max(count for count in range(1, most + 1) if num_envs % count == 0)
 
 

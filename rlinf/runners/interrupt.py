@@ -16,10 +16,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopOnSignals:
-    """A context in which SIGINT and SIGTERM throw `stop`. Outside the main thread it does nothing."""
+    """A context in which SIGINT and SIGTERM throw `stop`. Outside the main thread it does nothing.
 
-    def __init__(self, stop: Flag) -> None:
-        self._stop = stop
+    `update_timeout_s` is how long an update under way is waited for then, to say so; None where it is not limited.
+    """
+
+    def __init__(self, stop: Flag, update_timeout_s: float | None = None) -> None:
+        self._stop, self._update_timeout_s = stop, update_timeout_s
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignals:
@@ -40,6 +43,8 @@ class StopOnSignals:
         self._stop.set(name)
         # Written directly: the reporter may be in the middle of a line, holding its lock.
         _write(f"\n{name}: stopping and saving a checkpoint; once more to end at once\n")
+        if self._update_timeout_s is not None:
+            _write(f"waiting up to {self._update_timeout_s:g} s for the update under way\n")
 
 
 def _end_now(name: str, number: int) -> None:

@@ -13,8 +13,8 @@ from rlinf.runners.crew import Crew, Reporter
 from rlinf.runners.evaluate import Evaluator
 from rlinf.runners.interrupt import StopOnSignals
 from rlinf.runners.schedule import Schedule
-from rlinf.runtime.local import Handle
-from rlinf.workers.learner_worker import Progress
+from rlinf.runtime.local import GRACE_S, Handle
+from rlinf.workers.learner_worker import LearnerWorker, Progress
 
 UNPREFIXED = ("rollout/", "actor/total_loss")
 """Beginnings of the learner's metrics that are reported without `train/`."""
@@ -129,6 +129,12 @@ class Run:
         if isinstance(error, CheckpointError):
             return
         self.crew.stop.set("a failure")
+        learner = self.crew.learner
+        (busy := learner.run(LearnerWorker.report)).failures(GRACE_S)
+        if not busy.done:
+            self.reporter.note(
+                f"the run has failed; waiting up to {learner.stop_timeout_s:g} s for the update under way, to save it"
+            )
         try:
             if self.crew.ingest() != self.kept:  # a learner that hangs is found out here
                 save_run(self.store, self.crew, step, exact=False)
@@ -154,7 +160,7 @@ def drive(stepper: Stepper, last_step: int) -> int:
     if step >= schedule.num_steps:
         run.reporter.note(f"nothing to do: step {step} of {schedule.num_steps} is done; raise runner.max_epochs")
     try:
-        with StopOnSignals(stop):
+        with StopOnSignals(stop, run.crew.learner.stop_timeout_s):
             while step < schedule.num_steps and not stop.is_set():
                 step += 1
                 stepper.step(step)

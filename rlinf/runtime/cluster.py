@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,9 @@ from rlinf.core.errors import MissingDependency, WorkerDied, first_line
 
 JOIN_TIMEOUT_S = 600.0
 NOTE_EVERY_S = 15.0
+RESERVE_TIMEOUT_S = 20.0
+"""For the robot of a run that has just ended to be free again."""
+NOTE_AFTER_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,82 @@ class Machine:
     num_gpus: int
     resources: dict[str, float] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot of a run, by its kind, which is what its machine offers (`ray start --resources`), and its name."""
+
+    kind: str
+    name: str
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """One of a kind of robots on one machine, kept from all other runs; `group` is the placement group that has it."""
+
+    kind: str
+    group: Any = field(compare=False)
+
+
+@contextmanager
+def reserved(
+    robots: Sequence[Robot], note: Callable[[str], None] = lambda text: None, timeout_s: float = RESERVE_TIMEOUT_S
+) -> Iterator[list[Reservation | None]]:
+    """Keep other runs of the cluster from these robots; None for one that its machine does not offer to Ray.
+
+    They are free again with the end of the context, or of this process however it ends.
+
+    Args:
+        note: gets a line where one is not free at once.
+
+    Raises WorkerDied, naming the robot and who holds it, where one is not free after `timeout_s`.
+    """
+    with ExitStack() as held:
+        yield [
+            held.enter_context(_reservation(robot, note, timeout_s))
+            if robot.machine.resources.get(robot.kind, 0) > 0
+            else None
+            for robot in robots
+        ]
+
+
+@contextmanager
+def _reservation(robot: Robot, note: Callable[[str], None], timeout_s: float) -> Iterator[Reservation]:
+    from ray.util import placement_group, remove_placement_group
+
+    group = placement_group(
+        [{robot.kind: 1}],
+        name=f"rlinf {robot.kind} {secrets.token_hex(4)}: process {os.getpid()} on {platform.node()}",
+        bundle_label_selector=[{"ray.io/node-id": robot.machine.node_id}],
+    )
+    try:
+        first_s = min(NOTE_AFTER_S, timeout_s)
+        if not group.wait(first_s):
+            called = (
+                f"robot {robot.name} ({robot.kind} on {robot.machine.name}) is held by another run{_holders(robot)}"
+            )
+            note(f"{called}; waiting up to {timeout_s:g} s")
+            if not group.wait(timeout_s - first_s):
+                raise WorkerDied(f"{called}; end that run, or start this one when it has ended")
+        yield Reservation(robot.kind, group)
+    finally:
+        remove_placement_group(group)
+
+
+def _holders(robot: Robot) -> str:
+    """The driver processes that hold robots of this kind on this machine, in brackets; nothing where they hide."""
+    from ray.util import placement_group_table
+
+    names = [
+        entry["name"].partition(": ")[2]
+        for entry in placement_group_table().values()
+        if entry["state"] == "CREATED"
+        and entry["name"].startswith(f"rlinf {robot.kind} ")
+        and robot.machine.node_id in entry["bundles_to_node_id"].values()
+    ]
+    return f" ({', '.join(names)})" if names else ""
 
 
 @contextmanager

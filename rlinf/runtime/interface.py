@@ -36,8 +36,12 @@ class Runtime(Protocol):
         *,
         channels: Iterable[Channel] = (),
         stop: Flag | None = None,
+        stop_timeout_s: float | None = None,
     ) -> Group[W]:
-        """Replica i, built by `builders[i]`, in process `hosts[i]`; builders can be pickled."""
+        """Replica i, built by `builders[i]`, in process `hosts[i]`; builders can be pickled.
+
+        Calls to it may take `stop_timeout_s` after `stop`; None: `local.STOP_TIMEOUT_S`.
+        """
         ...
 
     def meeting_point(self, host: int) -> str:

@@ -43,6 +43,15 @@ GRACE_S = 2.0
 """For the cause of a failure to show itself after its first consequence."""
 STOP_TIMEOUT_S = 10.0
 """How long a call may still take once its run has been asked to stop."""
+LEARNER_STOP_TIMEOUT_S = 600.0
+"""The same for calls to learners: an update that is cut off would be lost, and one of a large network takes minutes."""
+BUILD_TIMEOUT_S = 3600.0
+"""For building workers: the weights of a large network may come from a slow disk."""
+HEARTBEAT_S = 60.0
+"""So often it is said who is still being built."""
+
+Note = Callable[[str], None]
+"""Shows one line to the people who watch."""
 
 
 class ChannelClosed(RlinfError):
@@ -246,8 +255,15 @@ def leave(code: int) -> NoReturn:
 class Handle(Generic[R]):
     """A call running on every replica of a group."""
 
-    def __init__(self, what: str, calls: Sequence[tuple[Answering, Future[R]]], stop: Flag | None) -> None:
-        self._what, self._calls, self._stop = what, calls, stop
+    def __init__(
+        self,
+        what: str,
+        calls: Sequence[tuple[Answering, Future[R]]],
+        stop: Flag | None,
+        stop_timeout_s: float | None = None,
+    ) -> None:
+        """`stop_timeout_s` is how long the call may still take once `stop` is set; None: STOP_TIMEOUT_S."""
+        self._what, self._calls, self._stop, self._stop_timeout_s = what, calls, stop, stop_timeout_s
         self._started = self._ended = time.perf_counter()
         for _, future in calls:
             future.add_done_callback(self._note_end)
@@ -281,6 +297,7 @@ class Handle(Generic[R]):
         *,
         watching: Iterable[Handle[Any]] = (),
         hurry: bool = True,
+        heartbeat: Note | None = None,
     ) -> list[R]:
         """Results in rank order. May be asked again.
 
@@ -289,21 +306,27 @@ class Handle(Generic[R]):
         closed on it stands for the failure that closed the channel.
 
         Raises WorkerDied, naming who did not answer and where it is, after `timeout_s`; with `hurry`, at the
-        latest STOP_TIMEOUT_S after the run was asked to stop.
+        latest STOP_TIMEOUT_S (or what the group has instead) after the run was asked to stop.
+
+        `heartbeat` gets a line that names them every HEARTBEAT_S until then.
         """
         own = [future for _, future in self._calls]
         watched = _futures_of([self, *watching])
-        deadline = time.monotonic() + timeout_s
-        hurried = False
+        began = noted = time.monotonic()
+        deadline = began + timeout_s
+        hurried, stop_timeout_s = False, STOP_TIMEOUT_S if self._stop_timeout_s is None else self._stop_timeout_s
         while True:
             if _failed(watched):
                 raise _first_cause(watched)
             if all(future.done() for future in own):
                 return [future.result() for _, future in self._calls]
             if hurry and not hurried and self._stop is not None and self._stop.is_set():
-                hurried, deadline = True, min(deadline, time.monotonic() + STOP_TIMEOUT_S)
+                hurried, deadline = True, min(deadline, time.monotonic() + stop_timeout_s)
             if (left := deadline - time.monotonic()) <= 0:
-                raise WorkerDied(self._overdue(timeout_s if not hurried else STOP_TIMEOUT_S))
+                raise WorkerDied(self._overdue(timeout_s if not hurried else stop_timeout_s))
+            if heartbeat is not None and (now := time.monotonic()) - noted >= HEARTBEAT_S:
+                noted = now
+                heartbeat(f"{self._what}: after {now - began:.0f} s still waiting for {self._late()}")
             # Slices, because a stop may be asked for while nothing else happens.
             pending = [future for future in watched if not future.done()]
             wait_for_futures(pending, timeout=min(left, 0.2), return_when=FIRST_COMPLETED)
@@ -318,8 +341,11 @@ class Handle(Generic[R]):
         return lines
 
     def _overdue(self, seconds: float) -> str:
-        late = ", ".join(replica.whereabouts() for replica, future in self._calls if not future.done())
-        return f"{self._what}: no answer within {seconds:g} s from {late}"
+        return f"{self._what}: no answer within {seconds:g} s from {self._late()}"
+
+    def _late(self) -> str:
+        """Who has not answered, and where it is."""
+        return ", ".join(replica.whereabouts() for replica, future in self._calls if not future.done())
 
 
 def wait_for_one(
@@ -394,18 +420,21 @@ class Group(Generic[W]):
         *,
         channels: Iterable[Channel] = (),
         stop: Flag | None = None,
+        stop_timeout_s: float | None = None,
+        note: Note | None = None,
     ) -> None:
         """Build replica i with `builders[i]`, each in its own thread, all at the same time.
 
         `channels` are closed as soon as a replica fails, so that nobody waits for it in vain. Once `stop` is
-        set, waiting for this group is cut short (see `Handle.wait`).
+        set, waiting for this group is cut short, to `stop_timeout_s` where that is given (see `Handle.wait`).
+        `note` gets a line now and then while building takes long.
         """
         self.name = name
         self._channels = tuple(channels)
-        self._stop = stop
+        self._stop, self._stop_timeout_s = stop, stop_timeout_s
         self._replicas: list[Replica] = [Replica(f"{name}[{rank}]", self._on_failure) for rank in range(len(builders))]
         building = [(r, r.submit(build)) for r, build in zip(self._replicas, builders, strict=True)]
-        self._workers = Handle(f"building {name}", building, stop).wait(CHANNEL_TIMEOUT_S)
+        self._workers = Handle(f"building {name}", building, stop).wait(BUILD_TIMEOUT_S, heartbeat=note)
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -414,6 +443,11 @@ class Group(Generic[W]):
     def hosts(self) -> tuple[int, ...]:
         """Number of the process of each replica."""
         return (0,) * len(self)
+
+    @property
+    def stop_timeout_s(self) -> float:
+        """How long a call to this group may still take once the run has been asked to stop."""
+        return STOP_TIMEOUT_S if self._stop_timeout_s is None else self._stop_timeout_s
 
     def _on_failure(self, error: BaseException) -> None:
         for channel in self._channels:
@@ -432,7 +466,8 @@ class Group(Generic[W]):
 
     def _start(self, method: Callable[..., R], calls: Sequence[Callable[[], R]]) -> Handle[R]:
         started = [(r, r.submit(call)) for r, call in zip(self._replicas, calls, strict=True)]
-        return Handle(f"{self.name}.{getattr(method, '__name__', method)}", started, self._stop)
+        what = f"{self.name}.{getattr(method, '__name__', method)}"
+        return Handle(what, started, self._stop, self._stop_timeout_s)
 
     def end(self) -> None:
         """Let the threads end after the calls that are queued. Does not wait."""
@@ -441,7 +476,13 @@ class Group(Generic[W]):
 
 
 class LocalRuntime:
-    """Makes the names of this module for one process, as `ray_backend.RayRuntime` does for several."""
+    """Makes the names of this module for one process, as `ray_backend.RayRuntime` does for several.
+
+    `note` gets a line now and then while building a group takes long.
+    """
+
+    def __init__(self, note: Note | None = None) -> None:
+        self._note = note
 
     def flag(self) -> Flag:
         """A switch."""
@@ -463,9 +504,10 @@ class LocalRuntime:
         *,
         channels: Iterable[Channel] = (),
         stop: Flag | None = None,
+        stop_timeout_s: float | None = None,
     ) -> Group[W]:
         """Replicas with a thread each; the numbers of processes in `hosts` make no difference here."""
-        return Group(name, builders, channels=channels, stop=stop)
+        return Group(name, builders, channels=channels, stop=stop, stop_timeout_s=stop_timeout_s, note=self._note)
 
     def meeting_point(self, host: int) -> str:
         """None is needed: there is one process."""

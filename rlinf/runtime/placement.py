@@ -58,8 +58,8 @@ class NodeGroup:
 class Process:
     """One process of a role.
 
-    `devices` are indices of accelerators on its node, none on a CPU; `hardware` is the name of its robot. `python` is
-    the interpreter that runs it, None for the one of the run.
+    `devices` are indices of accelerators on its node, none on a CPU; `hardware` is the name of its robot and
+    `hardware_kind` what it is. `python` is the interpreter that runs it, None for the one of the run.
     """
 
     role: str
@@ -69,6 +69,7 @@ class Process:
     hardware: str | None = None
     env_vars: Mapping[str, str] = field(default_factory=dict, hash=False)
     python: str | None = None
+    hardware_kind: str | None = None
 
     @property
     def place(self) -> tuple[int, tuple[int, ...]]:
@@ -124,6 +125,7 @@ class _Resource:
     node_rank: int
     accelerator: int | None = None
     hardware: str | None = None
+    hardware_kind: str | None = None
 
 
 def make_plan(placement: Mapping[str, Any] | str, nodes: Sequence[Node], groups: Sequence[NodeGroup] = ()) -> Plan:
@@ -220,7 +222,9 @@ def _members(role: str, where: RolePlacement, groups: Sequence[NodeGroup]) -> li
 
 
 def _resources(where: RolePlacement, nodes: Sequence[Node], members: Sequence[NodeGroup]) -> list[_Resource]:
-    robots = [_Resource(rank, hardware=name) for group in members for _, rank, name in group.hardware]
+    robots = [
+        _Resource(rank, hardware=name, hardware_kind=kind) for group in members for kind, rank, name in group.hardware
+    ]
     if robots:
         return robots
     everywhere = bool(set(where.node_groups) & set(RESERVED))
@@ -296,6 +300,7 @@ def _process(role: str, rank: int, own: Sequence[_Resource], members: Sequence[N
         own[0].hardware,
         env_vars,
         python,
+        own[0].hardware_kind,
     )
 
 

@@ -25,13 +25,23 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import ray
 from ray import cloudpickle
 from ray.exceptions import ActorUnschedulableError, GetTimeoutError, OutOfMemoryError, RayError, RuntimeEnvSetupError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from rlinf.core.errors import ProcessDied, WorkerDied
-from rlinf.runtime.cluster import alive
+from rlinf.runtime.cluster import Reservation, alive
 from rlinf.runtime.exchange import Address, RoutedChannel, as_array
-from rlinf.runtime.local import CHANNEL_TIMEOUT_S, Channel, Flag, Group, Handle, Weights, cause_of
+from rlinf.runtime.local import (
+    BUILD_TIMEOUT_S,
+    CHANNEL_TIMEOUT_S,
+    Channel,
+    Flag,
+    Group,
+    Handle,
+    Note,
+    Weights,
+    cause_of,
+)
 from rlinf.runtime.ray_process import (
     DEATHS,
     Build,
@@ -64,6 +74,8 @@ class Seat:
         devices: accelerators of the machine that the process sees, among those that Ray sees there.
         env_vars: environment variables of the process, beside those that Ray was started with on that machine.
         python: its interpreter; None for that of the caller.
+        sees_none: without `devices` it sees no accelerator; otherwise then all that Ray was started with.
+        robot: the robot that it commands, where Ray keeps other runs from it.
     """
 
     name: str
@@ -73,6 +85,8 @@ class Seat:
     devices: tuple[int, ...] = ()
     env_vars: Mapping[str, str] = field(default_factory=dict)
     python: str | None = None
+    sees_none: bool = False
+    robot: Reservation | None = None
 
 
 class RayFlag(Flag):
@@ -187,13 +201,15 @@ class RayGroup(Group[W]):
         *,
         channels: Iterable[Channel] = (),
         stop: Flag | None = None,
+        stop_timeout_s: float | None = None,
     ) -> None:
         """Build replica i with `builders[i]`, which can be pickled, in process number `hosts[i]`."""
         self.name, self._channels, self._stop = name, tuple(channels), stop
-        self._runtime = runtime
+        self._runtime, self._stop_timeout_s = runtime, stop_timeout_s
         self._builders, self._hosts = tuple(builders), tuple(hosts)
         self._remote = [self._replica(runtime, rank) for rank in range(len(hosts))]
-        self._begin("building", [Build(builder) for builder in builders]).wait(CHANNEL_TIMEOUT_S)
+        building = self._begin("building", [Build(builder) for builder in builders])
+        building.wait(BUILD_TIMEOUT_S, heartbeat=runtime.note)
 
     def _replica(self, runtime: RayRuntime, rank: int) -> _RemoteReplica:
         return _RemoteReplica(runtime, f"{self.name}[{rank}]", self._hosts[rank])
@@ -209,7 +225,8 @@ class RayGroup(Group[W]):
         for rank in ranks:
             self._remote[rank] = self._replica(self._runtime, rank)
         building = [(self._remote[rank], self._remote[rank].submit(Build(self._builders[rank]))) for rank in ranks]
-        Handle(f"{self.name}.building", building, self._stop).wait(CHANNEL_TIMEOUT_S)
+        handle = Handle(f"{self.name}.building", building, self._stop)
+        handle.wait(BUILD_TIMEOUT_S, heartbeat=self._runtime.note)
 
     def __len__(self) -> int:
         return len(self._remote)
@@ -230,7 +247,7 @@ class RayGroup(Group[W]):
         note_failure = partial(self._note_failure, self._runtime.generation)
         for _, future in started:
             future.add_done_callback(note_failure)
-        return Handle(f"{self.name}.{what}", started, self._stop)
+        return Handle(f"{self.name}.{what}", started, self._stop, self._stop_timeout_s)
 
     def _note_failure(self, generation: int, ended: Future[Any]) -> None:
         if (error := ended.exception()) is not None:
@@ -250,10 +267,13 @@ class RayRuntime:
     Args:
         seats: where the processes are started; a process is named by its place in this list.
         prepare: called first in every process; can be pickled.
+        note: gets a line now and then while building workers takes long.
     """
 
-    def __init__(self, seats: Sequence[Seat], prepare: Callable[[], None] = lambda: None) -> None:
-        self.seats = tuple(seats)
+    def __init__(
+        self, seats: Sequence[Seat], prepare: Callable[[], None] = lambda: None, note: Note | None = None
+    ) -> None:
+        self.seats, self.note = tuple(seats), note
         self._key, self._prepare = secrets.token_bytes(32), cloudpickle.dumps(prepare)
         self._counter = itertools.count()
         self._groups: list[RayGroup[Any]] = []
@@ -275,17 +295,22 @@ class RayRuntime:
         environment: dict[str, Any] = {"env_vars": dict(seat.env_vars)} if seat.env_vars else {}
         if seat.python is not None:
             environment["py_executable"] = seat.python
+        strategy: Any = NodeAffinitySchedulingStrategy(seat.node_id, soft=False)
+        if seat.robot is not None:
+            strategy = PlacementGroupSchedulingStrategy(seat.robot.group, 0)
+        devices = None if not seat.devices and not seat.sees_none else seat.devices
         return (
             ray.remote(Host)
             .options(
                 name=f"rlinf {secrets.token_hex(4)} {seat.name}",
                 # Without this an actor keeps one CPU for itself, and three roles on two CPUs wait for ever.
                 num_cpus=0,
+                resources={seat.robot.kind: 1} if seat.robot is not None else None,
                 max_concurrency=1000,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(seat.node_id, soft=False),
+                scheduling_strategy=strategy,
                 runtime_env=environment or None,
             )
-            .remote(index, seat.ip, self._key, sys.path, seat.devices, self._prepare)
+            .remote(index, seat.ip, self._key, sys.path, devices, self._prepare)
         )
 
     def _introduce_all(self) -> None:
@@ -364,9 +389,10 @@ class RayRuntime:
         *,
         channels: Iterable[Channel] = (),
         stop: Flag | None = None,
+        stop_timeout_s: float | None = None,
     ) -> Group[W]:
         """Replicas in the given processes."""
-        group = RayGroup(self, name, builders, hosts, channels=channels, stop=stop)
+        group = RayGroup(self, name, builders, hosts, channels=channels, stop=stop, stop_timeout_s=stop_timeout_s)
         self._groups.append(group)
         return group
 

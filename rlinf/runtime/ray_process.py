@@ -24,7 +24,7 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 from torch import Tensor
 
-from rlinf.core.errors import WorkerDied
+from rlinf.core.errors import ConfigError, WorkerDied
 from rlinf.runtime.exchange import Address, as_array, as_tensor, open_exchange, this_exchange
 from rlinf.runtime.local import CHANNEL_TIMEOUT_S, ChannelClosed, Flag, Replica, Weights
 
@@ -38,13 +38,20 @@ class Host:
     """The actor that is a process of the run. All its methods run on one event loop; replicas have threads."""
 
     def __init__(
-        self, index: int, ip: str, key: bytes, path: list[str], devices: Sequence[int], prepare: bytes
+        self, index: int, ip: str, key: bytes, path: list[str], devices: Sequence[int] | None, prepare: bytes
     ) -> None:
-        if devices:  # before anybody asks CUDA for them
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), devices)
+        """`devices` are the accelerators that the process sees, None for all that there are."""
+        self._problem: Exception | None = None
+        if devices is not None:  # before anybody asks CUDA for them
+            try:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), devices)
+            except ConfigError as problem:
+                self._problem = problem
         if (interface := interface_of(ip)) is not None:
-            # Ranks of a learner look for each other under the machine's name, which may be known to nobody.
+            # Ranks of a learner look for each other under the machine's name, which may be known to nobody, or on
+            # the first interface there is. NCCL takes a name for the beginning of one, but for "=".
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
         # What the driver could import by name is sent by name.
         sys.path += [entry for entry in path if entry not in sys.path]
         self._prepare = prepare
@@ -63,6 +70,8 @@ class Host:
         """Where this process listens, its number on its machine, the machine's name, and what keeps it from working."""
         problem = None
         try:
+            if self._problem is not None:
+                raise self._problem
             cloudpickle.loads(self._prepare)()
         except Exception as error:  # whatever it is belongs to the caller
             problem = pack_error(error)
@@ -161,8 +170,17 @@ class Outcome:
 
 
 def visible_devices(visible: str | None, devices: Sequence[int]) -> str:
-    """What CUDA_VISIBLE_DEVICES has to be for `devices` to be seen, which are counted among those `visible` now."""
+    """What CUDA_VISIBLE_DEVICES has to be for `devices` to be seen, which are counted among those `visible` now.
+
+    Raises ConfigError where there are fewer of these.
+    """
     names = visible.split(",") if visible else None
+    if names is not None and devices and max(devices) >= len(names):
+        raise ConfigError(
+            f"GPU {max(devices)} of {socket.gethostname()} is asked for, but CUDA_VISIBLE_DEVICES={visible} names "
+            f"{len(names)} there; set it as it was when Ray was started there (env_vars of the node group, or start "
+            "Ray anew)"
+        )
     return ",".join(names[device] if names else str(device) for device in devices)
 
 

@@ -92,3 +92,7 @@ class LiberoConfig(EnvConfig):
         if self.group_size > 1 or self.rollout_epoch > 1:
             raise ValueError("is_eval plays every reset id once; write group_size: 1 and rollout_epoch: 1")
         return self
+
+    def plays_a_list(self) -> bool:
+        """See EnvConfig."""
+        return self.is_eval
