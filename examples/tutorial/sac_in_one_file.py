@@ -28,7 +28,7 @@ from rlinf.models.embodiment.state_critic import StateCritic
 NUM_ENVS = 16
 SEGMENT = 10  # environment steps between updates
 UPDATES = 40  # gradient steps after every segment
-SEGMENTS = 60
+SEGMENTS = 40
 
 
 def build_policy(flow: bool, obs_dim: int, action_dim: int) -> FlowPolicy | MlpPolicy:
